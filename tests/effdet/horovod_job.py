@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import keras
@@ -23,6 +23,7 @@ from tests.effdet.tiny import CONFIG, OPTIMIZATION, tiny_batch, tiny_model
 
 GLOBAL_BATCH = 6  # for 1, 2 and 3 ranks
 STEPS = 6
+TOO_MUCH = 2.0**18  # a loss scale: a positive anchor's gradient leaves float16, a background's does not
 
 
 def frozen_model() -> keras.Model:
@@ -85,12 +86,56 @@ def not_finite(ranks: Ranks) -> str:
     return "no error"
 
 
+class Watched:
+    """The ranks, and whether what this one last gave to the mean was finite."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.rank, self.size = ranks.rank, ranks.size
+        self.sum, self.broadcast, self.gather = ranks.sum, ranks.broadcast, ranks.gather
+        self.finite = tf.Variable(True)
+
+    def average(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        self.finite.assign(tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]))
+        return self._ranks.average(tensors)
+
+
+def overflow(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
+    """Three steps in float16; in the second the gradient of the last rank alone overflows: it alone has boxes.
+
+    A loss scale that lets the others' gradients pass is too much for a box's.
+    """
+    watched = Watched(ranks)
+    state = TrainState(tiny_model(precision="mixed_float16"), OPTIMIZATION.momentum, loss_scaling=True)
+    optimization = dataclasses.replace(OPTIMIZATION, batch_size=GLOBAL_BATCH // ranks.size)
+    trainer = Trainer(state, CONFIG, optimization, watched)
+    scales, finite, norms, weights = [], [], [], [state.weights.numpy()]
+    for step, batch in enumerate(itertools.islice(batches(ranks), 3)):
+        if ranks.rank < ranks.size - 1:
+            batch = {
+                **batch,
+                "boxes": tf.zeros_like(batch["boxes"]),
+                "class_ids": tf.fill(batch["class_ids"].shape, -1),
+            }
+        state.optimizer.dynamic_scale.assign(TOO_MUCH if step == 1 else 2.0**8)
+        (record,) = trainer.run(iter([batch]), 1, 5.0)
+        scales.append(state.loss_scale)
+        finite.append(watched.finite.numpy())
+        norms.append(record.gradient_norm)
+        weights.append(state.weights.numpy())
+    found = {"scales": scales, "finite": finite, "norms": norms, "weights": weights}
+    return {name: np.array(values) for name, values in found.items()} | {
+        f"state/{name}": value for name, value in state.arrays().items()
+    }
+
+
 def main(folder: Path, size: int) -> None:
     ranks = connect(size)
     results = {f"collective/{name}": value for name, value in collectives(ranks).items()}
     if size <= 2:
         results |= {f"frozen/{name}": value for name, value in trained(frozen_model(), ranks).items()}
         results["error"] = np.array(not_finite(ranks))
+        results |= {f"overflow/{name}": value for name, value in overflow(ranks).items()}
     slow_rank = int(sys.argv[3]) if len(sys.argv) > 3 else None
     # Each rank starts from other weights; rank 0's are to win.
     model = tiny_model(seed=1 + ranks.rank)

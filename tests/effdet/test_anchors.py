@@ -21,6 +21,32 @@ def test_as_many_as_the_model_has_outputs(name):
     assert anchors(MODELS[name]).shape == (MODELS[name].num_anchors, 4)
 
 
+ANCHOR_SCALES = {"d7": 5, "lite0": 3, "lite1": 3, "lite2": 3, "lite3x": 3}  # published; 4 for the others
+
+
+@pytest.mark.parametrize("image_size", [None, (256, 512)])
+@pytest.mark.parametrize("name", MODELS)
+def test_anchors_are_equal_to_the_published_rules(name, image_size):
+    config = model_config(name, 90, image_size)
+    (height, width), expected = config.image_size, []
+    side_y, side_x = height, width
+    for level in range(1, 9 if name == "efficientdet-d7x" else 8):
+        side_y, side_x = (side_y - 1) // 2 + 1, (side_x - 1) // 2 + 1
+        if level < 3:
+            continue
+        step_y, step_x = height / side_y, width / side_x
+        x, y = np.meshgrid(np.arange(step_x / 2, width, step_x), np.arange(step_y / 2, height, step_y))
+        shapes = []
+        for octave in range(3):
+            for aspect in (1.0, 2.0, 0.5):
+                scale = ANCHOR_SCALES.get(name.removeprefix("efficientdet-"), 4)
+                half_x = scale * step_x * 2 ** (octave / 3) * np.sqrt(aspect) / 2
+                half_y = scale * step_y * 2 ** (octave / 3) * (1 / np.sqrt(aspect)) / 2
+                shapes.append(np.stack([y - half_y, x - half_x, y + half_y, x + half_x], axis=-1).reshape(-1, 4))
+        expected.append(np.stack(shapes, axis=1).reshape(-1, 4))
+    np.testing.assert_array_equal(anchors(config), np.concatenate(expected).astype(np.float32))
+
+
 def test_order_is_level_row_column_shape():
     ours = anchors(model_config("efficientdet-d0", 90, (128, 256)))
     first, right, below = ours[0], ours[9], ours[9 * 256 // 8]

@@ -21,11 +21,16 @@ def test_family_is_complete():
     ("name", "side", "anchor_scale", "fusion", "activation", "max_level"),
     [
         ("efficientdet-d0", 512, 4, "fast", "swish", 7),
+        ("efficientdet-d1", 640, 4, "fast", "swish", 7),
+        ("efficientdet-d2", 768, 4, "fast", "swish", 7),
+        ("efficientdet-d3", 896, 4, "fast", "swish", 7),
+        ("efficientdet-d4", 1024, 4, "fast", "swish", 7),
         ("efficientdet-d5", 1280, 4, "fast", "swish", 7),
         ("efficientdet-d6", 1280, 4, "sum", "swish", 7),
         ("efficientdet-d7", 1536, 5, "sum", "swish", 7),
         ("efficientdet-d7x", 1536, 4, "sum", "swish", 8),
         ("efficientdet-lite0", 320, 3, "sum", "relu6", 7),
+        ("efficientdet-lite1", 384, 3, "sum", "relu6", 7),
         ("efficientdet-lite2", 448, 3, "sum", "relu6", 7),
         ("efficientdet-lite3", 512, 4, "sum", "relu6", 7),
         ("efficientdet-lite3x", 640, 3, "sum", "relu6", 7),
@@ -37,17 +42,18 @@ def test_published_figures(name, side, anchor_scale, fusion, activation, max_lev
     assert config.image_size == (side, side)
     assert (config.anchor_scale, config.fusion, config.activation) == (anchor_scale, fusion, activation)
     assert config.levels == range(3, max_level + 1)
+    assert (config.num_scales, config.aspect_ratios) == (3, (1.0, 2.0, 0.5))
+    assert (config.batch_norm_momentum, config.batch_norm_epsilon) == (0.99, 1e-3)
+    assert config.survival_probability == (1.0 if name == "efficientdet-d0" else 0.8)
 
 
-def test_lite_models_take_other_pixels():
-    assert (MODELS["efficientdet-lite3"].pixel_mean, MODELS["efficientdet-lite3"].pixel_std) == ((127,) * 3, (128,) * 3)
-    assert MODELS["efficientdet-d3"].pixel_mean == pytest.approx((123.675, 116.28, 103.53))
-    assert MODELS["efficientdet-d3"].pixel_std == pytest.approx((58.395, 57.12, 57.375))
-
-
-def test_only_b0_trains_without_stochastic_depth():
-    steady = [name for name, config in MODELS.items() if config.survival_probability == 1.0]
-    assert steady == ["efficientdet-d0"]
+@pytest.mark.parametrize("name", MODELS)
+def test_lite_models_take_other_pixels(name):
+    mean, std = MODELS[name].pixel_mean, MODELS[name].pixel_std
+    if "lite" in name:
+        assert (mean, std) == ((127,) * 3, (128,) * 3)
+    else:
+        assert (mean, std) == (pytest.approx((123.675, 116.28, 103.53)), pytest.approx((58.395, 57.12, 57.375)))
 
 
 def test_feature_sizes_and_anchors_of_d0():

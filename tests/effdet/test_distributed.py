@@ -111,6 +111,21 @@ def test_every_rank_names_the_one_whose_loss_is_not_finite(two):
 
 
 @pytest.mark.slow
+def test_every_rank_skips_the_step_in_which_one_overflows(two):
+    first, last = (part(arrays, "overflow/") for arrays in two)
+    assert first["finite"].tolist() == [True, True, True]  # what each rank gave to the mean
+    assert last["finite"].tolist() == [True, False, True]
+    assert np.isfinite(first["norms"]).tolist() == [True, False, True]
+    assert first["scales"].tolist() == [2.0**8, horovod_job.TOO_MUCH / 2, 2.0**8]
+    start, once, skipped, on = first["weights"]
+    assert np.array_equal(once, skipped)
+    assert not np.array_equal(start, once)
+    assert not np.array_equal(skipped, on)
+    for name in first.keys() - {"finite"}:
+        assert first[name].tobytes() == last[name].tobytes(), name
+
+
+@pytest.mark.slow
 def test_three_ranks_are_bit_identical_over_runs_though_one_is_slow(tmp_path):
     """From three ranks on the order of sums matters."""
     first = results(tmp_path / "first", 3)
