@@ -77,7 +77,11 @@ def save(folder: Path, kind: str, checkpoint: Checkpoint) -> None:
 
 def load(folder: Path, kind: str, step: int) -> Checkpoint:
     """Reads one checkpoint. CheckpointError where it is not there or not as it was written."""
-    path = _path(folder, kind, step)
+    return read(_path(folder, kind, step))
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads the checkpoint in a folder of its own. CheckpointError where it is not as it was written."""
     content = _state(path)
     try:
         if content["arrays_sha256"] != _sha256(path / ARRAYS_FILE):
@@ -115,6 +119,12 @@ def latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
     elif paths:
         report(f"{folder}: no checkpoint is whole; training begins anew")
     return without_best
+
+
+def newest(folder: Path, kind: str) -> Path | None:
+    """The folder of the last checkpoint of `kind`, whole or not; None where there is none."""
+    paths = [path for path in _paths(folder, kind) if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+    return max(paths, key=_step, default=None)
 
 
 def prune(folder: Path, keep: int, newest: int) -> None:

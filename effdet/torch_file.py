@@ -6,6 +6,7 @@ called on loading: here it may name four, and none of them is run.
 """
 
 import collections
+import math
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -93,5 +94,7 @@ def _array(view: _View, numbers: NDArray[Any]) -> NDArray[Any]:
     extents = [(side - 1) * stride for side, stride in zip(view.shape, view.strides, strict=True)]
     if min((view.offset, *view.shape, *view.strides)) < 0 or view.offset + sum(extents) >= numbers.size:
         raise EffdetError("a tensor reaches outside its storage")
+    if math.prod(view.shape) > numbers.size:  # a stride of 0 makes any size of one number
+        raise EffdetError("a tensor has more numbers than its storage")
     strides = [stride * numbers.itemsize for stride in view.strides]
     return np.lib.stride_tricks.as_strided(numbers[view.offset :], view.shape, strides).copy()

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from effdet import backbone, layers, weights
+from effdet import backbone, layers, weight_sources
 from effdet.config import BACKBONES, model_config
 from tests.effdet.published import formula_array
 
@@ -81,7 +81,7 @@ def features_of(application):
 def check_features(detector, application_name):
     config = model_config(detector, 1, (64, 64))
     ours, application = features_model(config), random_application(application_name)
-    weights.load_backbone(ours, config, application)
+    weight_sources.load(ours, config, application)
     x = np.random.default_rng(1).standard_normal((2, 64, 64, 3)).astype(np.float32)
     expected = features_of(application)(255 * x)  # it divides by 255, and its normalization is not set
     for level, actual in ours(x).items():
@@ -90,6 +90,7 @@ def check_features(detector, application_name):
         assert np.abs(actual - expected[level]).max() <= 1e-4 * spread, level
 
 
+@pytest.mark.slow
 def test_b0_features_are_those_of_keras_applications():
     check_features("efficientdet-d0", "EfficientNetB0")
 
