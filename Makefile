@@ -77,7 +77,7 @@ check: lint test ## what CI runs: lint, test, and the system tests whose program
 	pytest -m system
 
 pins: setup ## the newest versions that requirements/*.in allow, pinned and hashed
-	@cd requirements && for name in build ml airflow; do \
+	@cd requirements && for name in build ml benchmarks airflow; do \
 		UV_CUSTOM_COMPILE_COMMAND="make pins" uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
 			--python-version 3.11 --output-file $$name.txt $$name.in >/dev/null; done
 	@git --no-pager diff --stat -- requirements

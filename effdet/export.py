@@ -1,35 +1,112 @@
-"""The model as a SavedModel for serving: pictures in, detections out, all that lies between them inside.
+"""The model as one file or folder for serving: pictures in, detections out, all that lies between them inside.
 
-Signatures (tf.saved_model.load(folder).signatures[NAME]), B images and D places for detections:
+B pictures, D places for detections. Every format takes
+  pixels  uint8 [B, h, w, 3], RGB, of any size, and gives
+  boxes   float32 [B, D, 4], yxyx, pixels of the picture as it came in
+  scores  float32 [B, D], best first
+  classes int32 [B, D], 0..K-1
+  count   int32 [B], how many places are filled; the others hold 0, 0, -1
+and carries its table of classes (effdet.exported reads it). A SavedModel has besides (its signatures are
+tf.saved_model.load(folder).signatures[NAME])
   serving_default   images: string [B], the bytes of JPEG or PNG files, of any sizes
-  pixels            pixels: uint8 [B, h, w, 3], RGB
-Both give
-  boxes         float32 [B, D, 4], yxyx, pixels of the picture as it came in
-  scores        float32 [B, D], best first
-  class_ids     int32 [B, D], 0..K-1
-  category_ids  int64 [B, D], as the annotations number the classes
-  class_names   string [B, D]
-  count         int32 [B], how many places are filled; the others hold 0, 0, -1, -1, ""
+  pixels            pixels: as above
+with two more outputs, category_ids int64 [B, D], as the annotations number the classes, and class_names string [B, D];
+-1 and "" in empty places.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
-import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from effdet.anchors import anchors
 from effdet.boxes import PADDING
 from effdet.config import ModelConfig
 from effdet.postprocess import PostprocessConfig, detect
-from effdet.preprocess import normalize, resize
-from effdet.weights import published_variables
+from effdet.preprocess import decode, fit, normalize, resize
 
 ENCODED_SIGNATURE = "serving_default"
 PIXELS_SIGNATURE = "pixels"
+PIXELS = "pixels"  # the input's name
 FINGERPRINT = "fingerprint.pb"
+NETWORK = "network"  # scope of the network's operations: quantization finds them by it
+CLASSES_FILE = "assets.extra/classes.json"  # assets.extra is the SavedModel format's place for the user's files
+
+Outputs = dict[str, tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What the head's K classes are."""
+
+    category_ids: list[int]  # [K], PADDING where a class is not in use
+    names: list[str]  # [K], "" there
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Classes":
+        """ValueError, TypeError where the text is of something else."""
+        return cls(**json.loads(text))
+
+
+def detector(
+    model: keras.Model, config: ModelConfig, postprocess: PostprocessConfig
+) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], Outputs]:
+    """From inputs [B,H,W,3] of 0..255, content sizes [B,2] and scales [B] to detections: a function to be traced.
+
+    The weights become constants, which every converter folds; operations are such as every runtime has.
+    """
+    raw = heads(model, config)
+
+    def function(images: tf.Tensor, content_sizes: tf.Tensor, scales: tf.Tensor) -> Outputs:
+        outputs = raw(images, content_sizes)
+        box_anchors = tf.constant(anchors(config))
+        found = detect(outputs["class_logits"], outputs["box_deltas"], box_anchors, scales, postprocess, portable=True)
+        return {"classes": found.pop("class_ids"), **found}
+
+    return function
+
+
+def heads(model: keras.Model, config: ModelConfig) -> Callable[[tf.Tensor, tf.Tensor], Outputs]:
+    """From inputs [B,H,W,3] of 0..255 and content sizes [B,2] to the network's outputs; as `detector`."""
+    trained = [variable.numpy() for variable in model.trainable_variables]
+    others = [variable.numpy() for variable in model.non_trainable_variables]
+
+    def function(images: tf.Tensor, content_sizes: tf.Tensor) -> Outputs:
+        normalized = normalize(images, content_sizes, config)
+        with tf.name_scope(NETWORK):
+            weights = [[tf.constant(array) for array in arrays] for arrays in (trained, others)]
+            outputs, _ = model.stateless_call(*weights, normalized, training=False)
+        return dict(outputs)
+
+    return function
+
+
+def pixels_function(
+    model: keras.Model,
+    config: ModelConfig,
+    postprocess: PostprocessConfig | None,
+    batch: int | None,
+) -> tf.types.experimental.PolymorphicFunction:
+    """pixels uint8 [batch,h,w,3] -> detections; without postprocess the network's class_logits and box_deltas.
+
+    A tf.function with its input signature.
+    """
+    spec = tf.TensorSpec([batch, None, None, 3], tf.uint8, name=PIXELS)
+    raw = heads(model, config)
+    find = detector(model, config, postprocess) if postprocess else lambda images, sizes, _: raw(images, sizes)
+
+    @tf.function(input_signature=[spec], autograph=False)  # type: ignore[untyped-decorator]
+    def function(pixels: tf.Tensor) -> Outputs:
+        images, content_size, scale = fit(pixels, config.image_size)
+        return find(images, content_size, scale)
+
+    return function
 
 
 def export_saved_model(
@@ -37,58 +114,47 @@ def export_saved_model(
     model: keras.Model,
     config: ModelConfig,
     postprocess: PostprocessConfig,
-    category_ids: Sequence[int],
-    class_names: Sequence[str],
+    classes: Classes,
 ) -> None:
     """Writes the SavedModel into `folder`, a new one.
 
-    category_ids and class_names have an entry for each of the head's K classes; PADDING and "" where a class is not in
-    use. In a fresh process the same arguments give the same bytes: TensorFlow numbers functions as it makes them.
+    In a fresh process the same arguments give the same bytes: TensorFlow numbers functions as it makes them.
     """
-    box_anchors = anchors(config)
-    categories = tf.constant([*category_ids, PADDING], tf.int64)  # [K + 1], the last for empty places
-    names = tf.constant([*class_names, ""])
+    categories = tf.constant([*classes.category_ids, PADDING], tf.int64)  # [K + 1], the last for empty places
+    names = tf.constant([*classes.names, ""])
     inputs = (
         tf.TensorSpec([None, *config.image_size, 3], tf.float32, name="images"),
         tf.TensorSpec([None, 2], tf.int32, name="content_sizes"),
         tf.TensorSpec([None], tf.float32, name="scales"),
     )
-
     # A function of its own, so that both signatures share one graph of the network.
-    @tf.function(input_signature=inputs, autograph=False)  # type: ignore[untyped-decorator]
-    def detections(images: tf.Tensor, content_sizes: tf.Tensor, scales: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = model(normalize(images, content_sizes, config), training=False)
-        found = detect(outputs["class_logits"], outputs["box_deltas"], box_anchors, scales, postprocess)
-        rows = tf.where(found["class_ids"] == PADDING, config.num_classes, found["class_ids"])
+    find = tf.function(detector(model, config, postprocess), input_signature=inputs, autograph=False)
+
+    def named(found: Outputs) -> Outputs:
+        rows = tf.where(found["classes"] == PADDING, config.num_classes, found["classes"])
         return {**found, "category_ids": tf.gather(categories, rows), "class_names": tf.gather(names, rows)}
 
-    def prepared(picture: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        image, content_size, scale = resize(picture, config.image_size)
-        return tf.image.pad_to_bounding_box(image, 0, 0, *config.image_size), content_size, scale
-
     def decoded(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        return prepared(tf.image.decode_image(encoded, channels=3, expand_animations=False))
+        image, content_size, scale = resize(decode(encoded), config.image_size)
+        return tf.image.pad_to_bounding_box(image, 0, 0, *config.image_size), content_size, scale
 
     one = tuple(tf.TensorSpec(spec.shape[1:], spec.dtype) for spec in inputs)
 
     @tf.function(  # type: ignore[untyped-decorator]
         input_signature=[tf.TensorSpec([None], tf.string, name="images")], autograph=False
     )
-    def detect_encoded(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        found: dict[str, tf.Tensor] = detections(*tf.map_fn(decoded, images, fn_output_signature=one))
-        return found
+    def detect_encoded(images: tf.Tensor) -> Outputs:
+        return named(find(*tf.map_fn(decoded, images, fn_output_signature=one)))
 
     @tf.function(  # type: ignore[untyped-decorator]
-        input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="pixels")], autograph=False
+        input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name=PIXELS)], autograph=False
     )
-    def detect_pixels(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        found: dict[str, tf.Tensor] = detections(*tf.map_fn(prepared, pixels, fn_output_signature=one))
-        return found
+    def detect_pixels(pixels: tf.Tensor) -> Outputs:
+        images, content_size, scale = fit(pixels, config.image_size)
+        return named(find(images, content_size, scale))
 
-    module = tf.Module()
-    module.weights = {name: variable.value for name, variable in sorted(published_variables(model).items())}
     tf.saved_model.save(
-        module,
+        tf.Module(),
         str(folder),
         signatures={
             ENCODED_SIGNATURE: detect_encoded.get_concrete_function(),
@@ -97,9 +163,5 @@ def export_saved_model(
         options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
     )
     (folder / FINGERPRINT).unlink(missing_ok=True)  # holds a random id; loading needs it not
-
-
-def run_saved_model(folder: Path, images: Sequence[bytes]) -> dict[str, NDArray[np.generic]]:
-    """Loads the SavedModel and detects on JPEG or PNG bytes: its outputs as arrays, [B, ...]."""
-    served = tf.saved_model.load(str(folder)).signatures[ENCODED_SIGNATURE]
-    return {name: tensor.numpy() for name, tensor in served(images=tf.constant(list(images))).items()}
+    (folder / CLASSES_FILE).parent.mkdir()
+    (folder / CLASSES_FILE).write_text(classes.to_json())

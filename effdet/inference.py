@@ -28,6 +28,25 @@ class Detections:
     counts: NDArray[np.int32]  # [N]
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The detections on a picture, best first."""
+
+    boxes: NDArray[np.floating]  # [n,4] yxyx, pixels of the picture; may reach over its border
+    scores: NDArray[np.floating]  # [n]
+    class_ids: NDArray[np.int32]  # [n]; of a head's class that the table has not, where weights lend it a score
+
+
+def prepare_device() -> None:
+    """Before TensorFlow's first work in a process that judges or detects: float32 in full, and memory as it is needed.
+
+    TF32, a GPU's default, changes scores in their third digit; and a second process must find room beside this one.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+
+
 def run_detection(
     model: keras.Model,
     config: ModelConfig,

@@ -267,9 +267,12 @@ class Upsample(keras.layers.Layer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.target_size = tuple(target_size)
 
-    def call(self, x: Tensor) -> Tensor:
+    def call(self, x: Tensor, training: bool | None = None) -> Tensor:
         height, width = self.target_size
-        doubled = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+        if not training and on_tensorflow():  # one operation in every export; its gradient on GPUs is not repeatable
+            doubled = tf.raw_ops.ResizeNearestNeighbor(images=x, size=[2 * side for side in x.shape[1:3]])
+        else:
+            doubled = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
         return doubled if doubled.shape[1:3] == self.target_size else doubled[:, :height, :width]
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:

@@ -45,6 +45,7 @@ def detect(
     anchors: np.ndarray | Tensor,
     scales: Tensor,
     config: PostprocessConfig,
+    portable: bool = False,
 ) -> dict[str, Tensor]:
     """The detections of a batch, best first, in places of which the last may be empty.
 
@@ -52,15 +53,17 @@ def detect(
     scales float32 [B] the factor from input pixels to those of the original image. Gives {"boxes":
     float32 [B,D,4] yxyx original pixels, "scores": float32 [B,D], "class_ids": int32 [B,D], "count":
     int32 [B]}, D = max_detections; places from count on hold 0, 0 and PADDING. A pure function of
-    tensors: it may stand inside any tf.function and be exported.
+    tensors: it may stand inside any tf.function. portable takes what every runtime has, for exports: no
+    XLA, no shape that depends on values. The results are the same, the time is about double.
     """
     class_logits = tf.cast(class_logits, tf.float32)  # half precision would make ties of near scores
     if config.pre_nms_top_k is None:
         logits, anchor_indices, class_ids = best_class_candidates(class_logits)
     else:
-        logits, anchor_indices, class_ids = top_candidates(class_logits, config.pre_nms_top_k)
+        logits, anchor_indices, class_ids = top_candidates(class_logits, config.pre_nms_top_k, portable)
     boxes = decode(tf.gather(box_deltas, anchor_indices, batch_dims=1), tf.gather(anchors, anchor_indices))
-    chosen, scores = _greedy_nms(
+    nms = _greedy_nms if portable else _compiled_greedy_nms
+    chosen, scores = nms(
         boxes,
         tf.sigmoid(logits),
         class_ids,
@@ -80,11 +83,11 @@ def detect(
     }
 
 
-def top_candidates(class_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_candidates(class_logits: Tensor, k: int, portable: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The k best (anchor, class) pairs of each image's logits [B,A,K], or all where there are fewer.
 
     Gives logits [B,k], anchor indices and class ids int32 [B,k], best first, of equals the first:
-    what top_k over A*K gives, in a third of its time.
+    what top_k over A*K gives, in a third of its time (portable: in half of it).
     """
     num_anchors, num_classes = class_logits.shape[1:]
     # Each of the k best pairs belongs to one of the k anchors whose best class is highest. Their indices
@@ -93,6 +96,9 @@ def top_candidates(class_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
     anchor_indices = tf.sort(anchor_indices, axis=1)
     pairs = tf.gather(class_logits, anchor_indices, batch_dims=1)  # [B,k,K]
     pairs = tf.reshape(pairs, [-1, pairs.shape[1] * num_classes])
+    if portable:
+        logits, indices = tf.math.top_k(pairs, min(k, pairs.shape[1]))
+        return logits, *_pairs(indices, anchor_indices, num_classes)
     # And none is below the last of those anchors' best classes: of k*K pairs few more than k are left.
     least = best[:, -1] if num_anchors >= k else tf.fill(tf.shape(best)[:1], -np.inf)
     logits, indices = tf.map_fn(
@@ -100,8 +106,12 @@ def top_candidates(class_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
         (pairs, least),
         fn_output_signature=(tf.float32, tf.int32),
     )
-    anchor_indices = tf.gather(anchor_indices, indices // num_classes, batch_dims=1)
-    return logits, anchor_indices, indices % num_classes
+    return logits, *_pairs(indices, anchor_indices, num_classes)
+
+
+def _pairs(indices: Tensor, anchor_indices: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Anchor indices and class ids of places among the pairs of the anchors."""
+    return tf.gather(anchor_indices, indices // num_classes, batch_dims=1), indices % num_classes
 
 
 def _top_k_above(values: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +131,6 @@ def best_class_candidates(class_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return tf.reduce_max(class_logits, axis=2), anchor_indices, class_ids
 
 
-@tf.function(jit_compile=True, autograph=False)  # type: ignore[untyped-decorator]
 def _greedy_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -167,3 +176,6 @@ def _greedy_nms(
         ],
     )
     return chosen, chosen_scores
+
+
+_compiled_greedy_nms = tf.function(_greedy_nms, jit_compile=True, autograph=False)

@@ -171,7 +171,8 @@ def test_fast_fusion_by_hand():
 def test_upsampling_is_the_published_nearest_neighbour(target):
     x = random(2, 3, 5, 4)
     expected = tf.compat.v1.image.resize_nearest_neighbor(x, target)  # 3 rows to 5: 0 0 1 1 2
-    assert np.array_equal(layers.Upsample(target)(x), expected)
+    for training in (True, False):
+        assert np.array_equal(layers.Upsample(target)(x, training=training), expected)
 
 
 def test_stochastic_depth_drops_images_and_scales_the_rest():

@@ -21,15 +21,19 @@ def head_outputs():
     return golden.head_outputs(golden.SEED + 2, 1.5, -5.0)
 
 
+PORTABLE = pytest.mark.parametrize("portable", [False, True])
+
+
 @METHODS
-def test_golden(config):
+@PORTABLE
+def test_golden(config, portable):
     expected = {
         key: golden.arrays()[f"det_{config.method}_{key}"] for key in ("boxes", "scores", "categories", "count")
     }
     assert len(np.unique(expected["scores"])) == 200
     # the golden detections have one class an anchor
     one_class = dataclasses.replace(config, pre_nms_top_k=None)
-    found = detect(*head_outputs(), golden.arrays()["anchors"], tf.constant([1.0, 1.7]), one_class)
+    found = detect(*head_outputs(), golden.arrays()["anchors"], tf.constant([1.0, 1.7]), one_class, portable)
     np.testing.assert_array_equal(found["class_ids"] + 1, expected["categories"])
     np.testing.assert_array_equal(found["count"], expected["count"])
     np.testing.assert_allclose(found["boxes"], expected["boxes"], atol=1e-4)
@@ -58,11 +62,12 @@ def straightforward(logits, deltas, anchors, scale, config):
 
 
 @METHODS
-def test_equals_the_straightforward_way(config):
+@PORTABLE
+def test_equals_the_straightforward_way(config, portable):
     logits, deltas = head_outputs()
     anchors = golden.arrays()["anchors"]
     config = dataclasses.replace(config, pre_nms_top_k=2000, score_threshold=0.2)
-    found = detect(logits, deltas, anchors, tf.constant([1.0, 1.7]), config)
+    found = detect(logits, deltas, anchors, tf.constant([1.0, 1.7]), config, portable)
     for b, scale in enumerate([1.0, 1.7]):
         scores, class_ids, boxes = zip(*straightforward(logits[b], deltas[b], anchors, scale, config), strict=True)
         count = int(found["count"][b])
@@ -72,10 +77,11 @@ def test_equals_the_straightforward_way(config):
         np.testing.assert_allclose(found["scores"][b, :count], scores, atol=1e-6)
 
 
+@PORTABLE
 @pytest.mark.parametrize("decimals", [5, 1, 0])  # 0: nearly all are ties
-def test_two_stages_give_the_top_k_of_all_pairs_in_their_order(decimals):
+def test_two_stages_give_the_top_k_of_all_pairs_in_their_order(decimals, portable):
     logits = np.random.default_rng(0).standard_normal((2, 600, 20)).round(decimals).astype(np.float32)
-    top, anchor_indices, class_ids = top_candidates(tf.constant(logits), 100)
+    top, anchor_indices, class_ids = top_candidates(tf.constant(logits), 100, portable)
     expected, indices = tf.math.top_k(logits.reshape(2, -1), 100)
     np.testing.assert_array_equal(top, expected)
     np.testing.assert_array_equal(anchor_indices * 20 + class_ids, indices)
@@ -155,24 +161,6 @@ def test_extreme_outputs_give_finite_detections(config):
     found = detect(logits * 1e3, deltas * 1e4, golden.arrays()["anchors"], tf.constant([1.0, 1.7]), config)
     assert found["count"].numpy().tolist() == [100, 100]
     assert all(np.isfinite(values).all() for values in found.values())
-
-
-def test_exported_with_a_free_batch_size_gives_the_same(tmp_path):
-    config = dataclasses.replace(HARD, max_detections=2)
-    module = tf.Module()
-    module.serve = tf.function(
-        lambda logits, deltas, scales: detect(logits, deltas, ANCHORS, scales, config),
-        input_signature=[tf.TensorSpec([None, 3, 2]), tf.TensorSpec([None, 3, 4]), tf.TensorSpec([None])],
-    )
-    tf.saved_model.save(module, tmp_path)
-    loaded = tf.saved_model.load(tmp_path).serve
-    random = np.random.default_rng(0).standard_normal((2, 3, 6)).astype(np.float32)
-    inputs = random[..., :2], random[..., 2:], np.float32([1.0, 1.7])
-    expected = detect(*inputs[:2], ANCHORS, tf.constant(inputs[2]), config)
-    assert expected["count"].numpy().tolist() == [2, 2]
-    for images in (slice(0, 2), slice(1, 2)):
-        for key, values in loaded(*(values[images] for values in inputs)).items():
-            np.testing.assert_allclose(values, expected[key][images], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("key", "value"), [("method", "soft"), ("score_threshold", -0.1)])

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from effdet.config import model_config
-from effdet.preprocess import normalize, resize
+from effdet.preprocess import decode, fit, normalize, resize
 from tests.effdet import golden
 
 D0 = model_config("efficientdet-d0", 90)
@@ -76,3 +76,21 @@ def test_lite_models_have_their_own_mean():
     lite = model_config("efficientdet-lite0", 90)
     normalized = normalize(np.full((1, 1, 1, 3), 255, np.uint8), tf.constant([[1, 1]]), lite)
     assert normalized[0, 0, 0].numpy().tolist() == [1, 1, 1]  # (255 - 127) / 128
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 100), (300, 70), (7, 5), (1, 200)])
+def test_fit_is_resize_for_a_batch(size):
+    """In gathers, for runtimes that know no picture's size beforehand: the same numbers where the picture is."""
+    pictures = np.random.default_rng(1).integers(0, 256, (2, *size, 3), np.uint8)
+    images, content_size, scale = fit(tf.constant(pictures), (64, 96))
+    assert images.shape == (2, 64, 96, 3)
+    for picture, image in zip(pictures, images.numpy(), strict=True):
+        expected, (height, width), expected_scale = resize(tf.constant(picture), (64, 96))
+        assert content_size.numpy().tolist() == [[height, width]]
+        assert scale.numpy() == [expected_scale]
+        np.testing.assert_allclose(image[:height, :width], expected, atol=1e-3)
+
+
+def test_decode_takes_what_pictures_come_as():
+    for encoded in (tf.io.encode_jpeg(np.zeros((4, 6, 1), np.uint8)), tf.io.encode_png(np.zeros((4, 6, 4), np.uint8))):
+        assert decode(encoded).shape == (4, 6, 3)
