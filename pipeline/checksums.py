@@ -1,4 +1,6 @@
-"""Writes data.checksums into params.yaml, from the files at data.base_url: `python -m pipeline.checksums`.
+"""Writes data.checksums and train.init_checksum into params.yaml: `python -m pipeline.checksums`.
+
+They are of the files at data.base_url, and of the weights at the path train.init_from.
 
 Everything else in the file stays as it is, byte for byte.
 """
@@ -16,14 +18,43 @@ from pipeline.params import Coco2017Data, CocoFormatData, SyntheticData
 
 
 def main() -> None:
-    data = params.load().data
-    if isinstance(data, SyntheticData):
-        raise PipelineError("params.yaml: data.source: synthetic data is made, not fetched: it has no checksums")
-    found = compute(data)
-    write(params.PARAMS_FILE, found)
-    for name, checksum in found.items():
-        print(f"{name}: {checksum}")
-    print(f"{params.PARAMS_FILE}: data.checksums {'holds' if found == data.checksums else 'now holds'} these")
+    settings = params.load()
+    weights = settings.train.init_from
+    own_weights = weights is not None and weights != params.IMAGENET
+    if isinstance(settings.data, SyntheticData) and not own_weights:
+        raise PipelineError(
+            "params.yaml: data.source: synthetic data is made, not fetched: it has no checksums, and train.init_from "
+            "names no file"
+        )
+    if not isinstance(settings.data, SyntheticData):
+        found = compute(settings.data)
+        write(params.PARAMS_FILE, found)
+        for name, checksum in found.items():
+            print(f"{name}: {checksum}")
+        changed = found != settings.data.checksums
+        print(f"{params.PARAMS_FILE}: data.checksums {'now holds' if changed else 'holds'} these")
+    if own_weights:
+        from pipeline.initial_weights import content_checksum  # here: it brings TensorFlow, which data needs not
+
+        found_weights = content_checksum(str(weights))
+        write_init(params.PARAMS_FILE, found_weights)
+        print(f"{params.PARAMS_FILE}: train.init_checksum is {found_weights}, of {weights}")
+
+
+def write_init(path: Path, checksum: str) -> None:
+    """Puts it in place of train.init_checksum; a comment behind stays. PipelineError, and the file untouched, else."""
+    lines = path.read_text().splitlines(keepends=True)
+    (number, _) = YAML().load("".join(lines))["train"].lc.key("init_checksum")
+    # the value, which may be empty; a comment stands behind a blank
+    pattern = r"^( *init_checksum:)(?: +[^\s#]\S*)?(?=\s*$| +#)"
+    lines[number], count = re.subn(pattern, rf"\1 {checksum}", lines[number])
+    text = "".join(lines)
+    if count != 1 or YAML(typ="safe", pure=True).load(text)["train"]["init_checksum"] != checksum:
+        raise PipelineError(
+            f"{path}: line {number + 1}: write `init_checksum: null` on a line of its own and run it again"
+        )
+    with written_whole(path) as part:
+        part.write_text(text)
 
 
 def compute(data: Coco2017Data | CocoFormatData) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from effdet.boxes import yxyx_to_xywh
 from effdet.inference import Detections as InferenceDetections
+from effdet.inference import Found
 from pipeline.class_table import Class
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
@@ -74,6 +75,13 @@ def coco_results(found: InferenceDetections, classes: Sequence[Class]) -> list[d
         for place in range(count)
         if (class_id := int(found.class_ids[image, place])) in category_ids
     ]
+
+
+def coco_rows(image_id: int, found: Found, classes: Sequence[Class]) -> list[dict[str, Any]]:
+    """One picture's detections as COCO results; otherwise as coco_results."""
+    count = np.array([len(found.scores)], np.int32)
+    one = InferenceDetections(np.array([image_id]), found.boxes[None], found.scores[None], found.class_ids[None], count)
+    return coco_results(one, classes)
 
 
 def mean_precision(precision: np.ndarray) -> float:

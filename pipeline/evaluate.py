@@ -5,15 +5,15 @@ data/eval/
   detections_SPLIT.json    COCO results by image, best first, rounded as pipeline.coco_metrics.coco_results says
   per_class_SPLIT.csv, precision_recall_SPLIT.csv   for `dvc plots`
   pictures/SPLIT-ID.jpg    truth beside detections
-  samples/ID.jpg, ID.png   images of the gate's split as they came: promote tries the exported model on them
   index.html               all of it for a person, offline
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,27 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from effdet.boxes import xywh_to_yxyx
-from effdet.inference import run_detection
-from effdet.input_pipeline import Shards, evaluation_batches
+from effdet.inference import prepare_device, run_detection
+from effdet.input_pipeline import evaluation_batches
 from effdet.postprocess import PostprocessConfig
-from effdet.records import parse_examples
 from pipeline import local, params
-from pipeline.class_table import class_rows, labels, require_same
+from pipeline.class_table import Class, class_rows, labels, require_same
 from pipeline.coco_metrics import NOTHING_TO_FIND, SUMMARY, coco_evaluation, coco_results, mean_precision
 from pipeline.errors import run
 from pipeline.evaluation_page import page
 from pipeline.files import checksum, read_json, write_json, written_whole
 from pipeline.model_files import MODEL_FILE, StoredModel, read_model
 from pipeline.rendering import Drawn, side_by_side
+from pipeline.shard_files import MANIFEST, ground_truth_path, shard_paths, spread_images
 
-SHARDS = Path("data/shards")
 MODEL = Path("data/model")
 OUT = Path("data/eval")
 METRICS_FILE = "metrics.json"
-SAMPLES_FOLDER = "samples"
 
 USED_FOR = {"val": "also used for selection", "test": "not used for selection"}
 GATE_ORDER = ("test", "val")  # the gate looks at the first of these that the data has
-SAMPLES = 8  # images on which promote tries the exported model
 IOU_50, IOU_75 = 0, 5  # places among COCOeval's IoU thresholds 0.50, 0.55, ... 0.95
 CURVES = {"IoU50": IOU_50, "IoU75": IOU_75}
-PNG_START = b"\x89PNG"
 
 Row = dict[str, Any]
 
@@ -113,28 +109,7 @@ def _mean_over_classes(precision: NDArray[np.float64]) -> NDArray[np.float64]:
     return present.mean(axis=1) if present.size else np.zeros(len(precision))
 
 
-def shard_paths(manifest: Mapping[str, Any], split: str) -> list[Path]:
-    """The files of a split's shards, in order."""
-    return [SHARDS / shard["file"] for shard in manifest["splits"][split]["shards"]]
-
-
-def ground_truth_path(split: str) -> Path:
-    """COCO json of exactly the images in a split's shards."""
-    return SHARDS / f"ground_truth_{split}.json"
-
-
 # Pictures -------------------------------------------------------------------------------------------------------------
-
-
-def spread_images(paths: Sequence[Path], count: int) -> dict[int, bytes]:
-    """`count` images of a split, or all, evenly spaced over its records: image id -> JPEG or PNG bytes, by id."""
-    shards = Shards(paths)
-    numbers = np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards)), dtype=np.int64))
-    if not numbers.size:
-        return {}
-    examples = parse_examples(shards.read(numbers), max_boxes=1)
-    pairs = zip(examples["image_id"].numpy().tolist(), examples["encoded"].numpy().tolist(), strict=True)
-    return dict(sorted(pairs))
 
 
 def pictures(
@@ -171,10 +146,26 @@ def _drawn(row: Row, classes: Mapping[int, tuple[int, str]], mark: str) -> Drawn
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def rows_file(path: Path) -> Iterator[Callable[[Iterable[Row]], None]]:
+    """Gives a function that adds rows to a JSON array, one a line: there may be more of them than memory holds."""
+    with path.open("w") as file:
+        separator = "[\n"
+
+        def add(rows: Iterable[Row]) -> None:
+            nonlocal separator
+            for row in rows:
+                file.write(separator + json.dumps(row, sort_keys=True))
+                separator = ",\n"
+
+        yield add
+        file.write("\n]\n" if separator == ",\n" else "[\n\n]\n")
+
+
 def write_results(path: Path, results: Iterable[Row]) -> None:
     """COCO results as JSON, one a line."""
-    lines = ",\n".join(json.dumps(result, sort_keys=True) for result in results)
-    path.write_text(f"[\n{lines}\n]\n")
+    with rows_file(path) as add:
+        add(results)
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -186,37 +177,46 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     path.write_text(text.getvalue(), encoding="utf-8")
 
 
-def write_samples(folder: Path, images: Mapping[int, bytes]) -> None:
-    """Images as they came, named by their ids."""
-    folder.mkdir()
-    for image_id, encoded in images.items():
-        suffix = "png" if encoded.startswith(PNG_START) else "jpg"
-        (folder / f"{image_id}.{suffix}").write_bytes(encoded)
-
-
 def evaluate_split(
     folder: Path, split: str, manifest: Mapping[str, Any], stored: StoredModel, settings: params.Evaluate
 ) -> tuple[Row, Row]:
     """Detects, judges and draws; writes the split's files. Its part of metrics.json, and what the page shows of it."""
-    names = labels(stored.classes)
-    classes = {row.category_id: (row.class_id, names[row.class_id]) for row in stored.classes}
-    truth = read_json(ground_truth_path(split), "ground truth")
     results = detect(stored, manifest, split, settings)
-    judged = judge(ground_truth_path(split), results, {category: label for category, (_, label) in classes.items()})
     images = spread_images(shard_paths(manifest, split), settings.pictures)
+    return judge_split(
+        folder, split, USED_FOR[split], ground_truth_path(split), results, images, stored.classes, settings
+    )
+
+
+def judge_split(
+    folder: Path,
+    split: str,
+    used_for: str,
+    ground_truth: Path,
+    results: list[Row],
+    images: Mapping[int, bytes],
+    table: Sequence[Class],
+    settings: params.Evaluate,
+) -> tuple[Row, Row]:
+    """Judges COCO results and draws them on `images` (image id -> JPEG or PNG bytes); as evaluate_split otherwise."""
+    names = labels(table)
+    classes = {row.category_id: (row.class_id, names[row.class_id]) for row in table}
+    truth = read_json(ground_truth, "ground truth")
+    judged = judge(ground_truth, results, {category: label for category, (_, label) in classes.items()})
     drawn = pictures(images, truth["annotations"], results, classes, settings.picture_score)
 
     write_results(folder / f"detections_{split}.json", results)
     write_table(folder / f"per_class_{split}.csv", judged.per_class)
     write_table(folder / f"precision_recall_{split}.csv", judged.curves)
+    (folder / "pictures").mkdir(exist_ok=True)
     for image_id, jpeg in drawn.items():
         (folder / "pictures" / f"{split}-{image_id}.jpg").write_bytes(jpeg)
 
     figures = {
         "images": len(truth["images"]),
         "boxes": sum(row["boxes"] for row in judged.per_class),
-        "used_for": USED_FOR[split],
-        "ground_truth": checksum(ground_truth_path(split), "sha256"),
+        "used_for": used_for,
+        "ground_truth": checksum(ground_truth, "sha256"),
         "detections": checksum(folder / f"detections_{split}.json", "sha256"),
         "metrics": judged.metrics,
         "per_class": {row["name"]: row["AP"] for row in judged.per_class},
@@ -225,18 +225,29 @@ def evaluate_split(
     return figures, {**figures, "name": split, "classes": judged.per_class, "curves": curves, "pictures": drawn}
 
 
+def about(stored: StoredModel) -> str:
+    """What the page says of a trained model."""
+    height, width = stored.config.image_size
+    kind = "Averaged (EMA)" if stored.weights.kind == "ema" else "Raw"
+    return (
+        f"Input {height} x {width} pixels, {len(stored.classes)} classes.\n"
+        f"{kind} weights of epoch {stored.weights.epoch}\n"
+        f"(step {stored.weights.step}), selected by {stored.weights.selected_by}."
+    )
+
+
 def main() -> None:
     """Reads data/shards and data/model, writes data/eval as a whole or not at all."""
+    prepare_device()
     settings = params.load().evaluate
-    manifest = read_json(SHARDS / "manifest.json", "manifest of the shards")
+    manifest = read_json(MANIFEST, "manifest of the shards")
     stored = read_model(MODEL)
-    require_same(stored.classes, MODEL / MODEL_FILE, class_rows(manifest["classes"]), SHARDS / "manifest.json")
+    require_same(stored.classes, MODEL / MODEL_FILE, class_rows(manifest["classes"]), MANIFEST)
     splits = [split for split in USED_FOR if split in manifest["splits"]]
     gate_split = next(split for split in GATE_ORDER if split in splits)
     with written_whole(OUT) as folder:
-        (folder / "pictures").mkdir(parents=True)
+        folder.mkdir()
         parts = {split: evaluate_split(folder, split, manifest, stored, settings) for split in splits}
-        write_samples(folder / SAMPLES_FOLDER, spread_images(shard_paths(manifest, gate_split), SAMPLES))
         judged = {
             "weights": stored.weights.model_dump(),
             "nms": settings.nms.model_dump(),
@@ -245,10 +256,16 @@ def main() -> None:
         }
         write_json(folder / METRICS_FILE, judged)
         shown = [shown for _, shown in parts.values()]
-        (folder / "index.html").write_text(page(stored, shown, settings.picture_score), encoding="utf-8")
+        text = page(stored.config.name, about(stored), shown, settings.picture_score)
+        (folder / "index.html").write_text(text, encoding="utf-8")
     for split, (figures, _) in parts.items():
-        ap, ap50 = (_words(figures["metrics"][name]) for name in ("AP", "AP50"))
-        print(f"{split}: AP {ap}, AP50 {ap50} over {figures['images']} images; see {OUT / 'index.html'}")
+        print(f"{summary(split, figures)}; see {OUT / 'index.html'}")
+
+
+def summary(split: str, figures: Mapping[str, Any]) -> str:
+    """A split's part of metrics.json in a line."""
+    ap, ap50 = (_words(figures["metrics"][name]) for name in ("AP", "AP50"))
+    return f"{split}: AP {ap}, AP50 {ap50} over {figures['images']} images"
 
 
 def _words(value: float | None) -> str:

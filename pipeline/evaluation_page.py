@@ -6,8 +6,6 @@ from typing import Any
 
 import jinja2
 
-from pipeline.model_files import StoredModel
-
 WIDTH, HEIGHT, MARGIN = 460, 300, 40  # pixels of the precision-recall chart
 COLOURS = ("#1f6feb", "#d1570b", "#2f7d32", "#8250df")  # one a curve
 
@@ -16,7 +14,7 @@ TEMPLATE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation of {{ config.name }}</title>
+<title>Evaluation of {{ name }}</title>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1f2328 }
   table { border-collapse: collapse; margin: 1rem 0 }
@@ -31,10 +29,8 @@ TEMPLATE = """\
   svg path { stroke: #d1d9e0; fill: none }
   svg polyline { stroke-width: 2; fill: none }
 </style>
-<h1>Evaluation of {{ config.name }}</h1>
-<p>Input {{ config.image_size[0] }} x {{ config.image_size[1] }} pixels, {{ num_classes }} classes.
-{{ "Averaged (EMA)" if weights.kind == "ema" else "Raw" }} weights of epoch {{ weights.epoch }}
-(step {{ weights.step }}), selected by {{ weights.selected_by }}.
+<h1>Evaluation of {{ name }}</h1>
+<p>{{ about }}
 {% for split in splits %}
 <br>Split {{ split.name }}, {{ split.used_for }}: {{ split.images }} images, {{ split.boxes }} boxes.
 {% endfor %}
@@ -96,17 +92,16 @@ over the split.</p>
 """
 
 
-def page(stored: StoredModel, splits: Sequence[Mapping[str, Any]], picture_score: float) -> str:
-    """The page.
+def page(name: str, about: str, splits: Sequence[Mapping[str, Any]], picture_score: float) -> str:
+    """The page of a model's name, with what is to be known about it in a sentence or two.
 
     A split has "name", "images", "boxes", "used_for", "metrics" {name: value or None}, "classes" (rows of name, boxes,
     AP, AP50, AP75), "curves" {name: [(recall, precision), ...]} and "pictures" {image_id: JPEG bytes}.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE).render(
-        config=stored.config,
-        num_classes=len(stored.classes),
-        weights=stored.weights,
+        name=name,
+        about=about,
         splits=[_drawn(split) for split in splits],
         picture_score=picture_score,
         figure=_figure,

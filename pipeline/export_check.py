@@ -1,91 +1,226 @@
-"""Does an exported model detect what the model detected when it was judged? Asked in a process of its own."""
+"""Does an exported model detect what the model itself detects?
+
+At float32 and float16 detections are compared one by one, in a process that knows nothing but the export; int8 is
+judged by its AP.
+"""
 
 import dataclasses
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import tensorflow as tf
+from numpy.typing import ArrayLike, NDArray
 
+from effdet.anchors import anchors
 from effdet.boxes import PADDING, iou, xywh_to_yxyx
-from effdet.export import run_saved_model
+from effdet.config import ModelConfig
+from effdet.exported import open_exported
+from effdet.inference import Found, prepare_device
+from effdet.postprocess import PostprocessConfig, detect
+from effdet.preprocess import decode
+from pipeline.class_table import Class
+from pipeline.coco_metrics import coco_metrics, coco_rows
 from pipeline.errors import PipelineError
+from pipeline.model_files import StoredModel
 
-MIN_IOU = 0.99
-MAX_CORNER_DIFFERENCE = 0.01  # pixels; enough in place of the IoU, which rounding moves for the smallest boxes
-MAX_SCORE_DIFFERENCE = 1e-3
-BEST = 10  # the detections of an image that are compared: so many, and all others of a high score
-HIGH_SCORE = 0.3
+HIGH_SCORE = 0.3  # detections from this score on are compared
+BEST = 10  # and, at full precision, so many of an image whatever they score
+SAME_CORNERS = 0.01  # pixels; boxes so near are one: rounding moves the IoU of the smallest
+MAX_AP_LOSS = 0.02  # of int8, on val
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How far an export may be off."""
+
+    min_iou: float
+    max_score_difference: float
+    min_share: float  # of detections that must have their counterpart
+    best: int  # an image that are compared beside those of a high score
+
+
+EXACT = Bounds(min_iou=0.99, max_score_difference=1e-3, min_share=1.0, best=BEST)
+HALF = Bounds(min_iou=0.95, max_score_difference=0.02, min_share=0.99, best=0)
+BOUNDS = {"saved_model": EXACT, "onnx": EXACT, "litert_float32": EXACT, "litert_float16": HALF}
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How the comparison came out."""
+    """How the comparison came out: over the detections of both sides that were looked for on the other."""
 
     images: int
-    detections: int  # compared, all of which had their counterpart
+    detections: int  # looked for
+    found: int  # that have their counterpart
+    min_iou: float  # of those
+    max_score_difference: float
+
+    def words(self) -> str:
+        """For a person."""
+        if not self.detections:
+            return f"{self.images} images: nothing scored {HIGH_SCORE} or more, so nothing was compared"
+        share = "all" if self.found == self.detections else f"{self.found} of"
+        return (
+            f"{self.images} images: {share} {self.detections} detections found, IoU at least {self.min_iou:.6f}, "
+            f"scores within {self.max_score_difference:.1e}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The detections on an image, best first."""
+class AveragePrecision:
+    """How an export that is judged by its AP came out."""
 
-    boxes: NDArray[np.floating]  # [n,4] yxyx, pixels of the original
-    scores: NDArray[np.floating]  # [n]
-    category_ids: NDArray[np.integer]  # [n]
+    export: float
+    model: float
+    ground_truth: str  # name of the file that both were judged by
 
-    def compared(self) -> NDArray[np.bool_]:
-        """[n], which are looked for among the other's."""
-        return (np.arange(len(self.scores)) < BEST) | (self.scores >= HIGH_SCORE)
-
-    def without_counterpart(self, other: "Found") -> int:
-        """How many of the compared ones the other lacks."""
-        corners = np.abs(self.boxes[:, None] - other.boxes[None]).max(axis=2, initial=0)  # [n,m]
-        overlaps = iou(self.boxes[:, None], other.boxes[None])
-        same = (
-            ((overlaps >= MIN_IOU) | (corners <= MAX_CORNER_DIFFERENCE))
-            & (np.abs(self.scores[:, None] - other.scores) <= MAX_SCORE_DIFFERENCE)
-            & (self.category_ids[:, None] == other.category_ids)
-        )
-        return int((self.compared() & ~same.any(axis=1)).sum())
+    def words(self) -> str:
+        """For a person."""
+        return f"AP {self.export:.4f} by {self.ground_truth}, the model's {self.model:.4f}"
 
 
-def check_export(folder: Path, images: Mapping[int, bytes], results: Sequence[Mapping[str, Any]]) -> Comparison:
-    """Detects on `images` (image id -> JPEG or PNG bytes) with the SavedModel and compares with COCO `results`.
+class Match(NamedTuple):
+    """Detections looked for on the other side, n of them."""
 
-    PipelineError, naming images, where either finds what the other does not.
+    found: NDArray[np.bool_]  # [n]
+    overlaps: NDArray[np.floating]  # [n], with the counterpart
+    score_differences: NDArray[np.floating]  # [n]
+
+
+def match(ours: Found, theirs: Found, bounds: Bounds) -> Match:
+    """The best of ours, or of a high score, among all of theirs."""
+    compared = (np.arange(len(ours.scores)) < bounds.best) | (ours.scores >= HIGH_SCORE)
+    boxes, scores, class_ids = ours.boxes[compared], ours.scores[compared], ours.class_ids[compared]
+    if not len(scores) or not len(theirs.scores):
+        return Match(np.zeros(len(scores), bool), np.zeros(len(scores)), np.zeros(len(scores)))
+    corners = np.abs(boxes[:, None] - theirs.boxes).max(axis=2)  # [n,m]
+    overlaps = np.where(corners <= SAME_CORNERS, 1.0, iou(boxes[:, None], theirs.boxes[None]))
+    differences = np.abs(scores[:, None] - theirs.scores)
+    fits = (differences <= bounds.max_score_difference) & (class_ids[:, None] == theirs.class_ids)
+    overlaps = np.where(fits, overlaps, 0.0)
+    best = overlaps.argmax(axis=1)
+    rows = np.arange(len(best))
+    return Match(overlaps[rows, best] >= bounds.min_iou, overlaps[rows, best], differences[rows, best])
+
+
+def check_export(
+    path: Path,
+    bounds: Bounds,
+    images: Mapping[int, bytes],
+    judged: Mapping[int, Found],
+    config: ModelConfig,
+    nms: PostprocessConfig,
+) -> Comparison:
+    """Compares an export with what the model itself found.
+
+    images: id -> JPEG or PNG bytes; judged: id -> its detections by the model. config and nms are for an export that
+    gives raw heads. PipelineError, naming images, where fewer detections than the bounds ask for have a counterpart.
     """
-    image_ids = sorted(images)
-    # spawn: a fresh process, which knows nothing of the model but the exported files
+    # spawn: a fresh process
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        served = pool.submit(run_saved_model, folder, [images[image_id] for image_id in image_ids]).result()
-    compared, faults = 0, []
-    for place, image_id in enumerate(image_ids):
-        judged, exported = _judged(results, image_id), _served(served, place)
-        lost, new = judged.without_counterpart(exported), exported.without_counterpart(judged)
-        compared += int(judged.compared().sum())
+        try:
+            served = pool.submit(_all_detections, path, images, config, nms).result()
+        except BrokenProcessPool:
+            raise PipelineError(f"{path.name}: the runtime crashed on it (or was killed: out of memory?)") from None
+    return compare(path.name, judged, served, bounds)
+
+
+def compare(name: str, judged: Mapping[int, Found], served: Mapping[int, Found], bounds: Bounds) -> Comparison:
+    """The detections of the model and of the export called `name`, by image id; PipelineError as check_export."""
+    matches: list[Match] = []
+    faults = []
+    for image_id, exported in served.items():
+        sides = match(judged[image_id], exported, bounds), match(exported, judged[image_id], bounds)
+        matches += sides
+        lost, new = (int((~side.found).sum()) for side in sides)
         if lost or new:
             faults.append(f"image {image_id}: {lost} lost, {new} new")
-    if faults:
+    found, overlaps, differences = (np.concatenate(column) for column in zip(*matches, strict=True))
+    if found.size and found.mean() < bounds.min_share:
         raise PipelineError(
-            f"{folder.name}: the exported model does not detect what the evaluated one did, on {len(faults)} of "
-            f"{len(images)} images ({'; '.join(faults[:5])}); where the machine or the code changed since, "
-            "run `dvc repro --force evaluate`"
+            f"{name}: the exported model does not detect what the model did, on {len(faults)} of {len(served)} images "
+            f"({'; '.join(faults[:5])})"
         )
-    return Comparison(len(images), compared)
+    return Comparison(
+        images=len(served),
+        detections=found.size,
+        found=int(found.sum()),
+        min_iou=float(overlaps[found].min(initial=1.0)),
+        max_score_difference=float(differences[found].max(initial=0.0)),
+    )
 
 
-def _judged(results: Sequence[Mapping[str, Any]], image_id: int) -> Found:
+def check_average_precision(
+    path: Path,
+    images: Iterable[tuple[int, bytes]],
+    ground_truth: Path,
+    model_ap: float,
+    stored: StoredModel,
+    nms: PostprocessConfig,
+) -> AveragePrecision:
+    """Judges an export on every image of the ground truth, against the model's own AP there.
+
+    images: id, JPEG or PNG bytes. nms is for an export that gives raw heads. PipelineError where the export's AP is
+    lower by more than MAX_AP_LOSS.
+    """
+    found = detections_of(path, images, stored.config, nms)
+    results = [row for image_id, here in found for row in coco_rows(image_id, here, stored.classes)]
+    average_precision = coco_metrics(ground_truth, results)["AP"]
+    if average_precision < model_ap - MAX_AP_LOSS:
+        raise PipelineError(
+            f"{path.name}: AP {average_precision:.4f} on {ground_truth.name}, where the model has {model_ap:.4f}: more "
+            f"than {MAX_AP_LOSS} lower; calibrate with pictures like these, or leave this format out"
+        )
+    return AveragePrecision(average_precision, model_ap, ground_truth.name)
+
+
+def detections_of(
+    path: Path, images: Iterable[tuple[int, bytes]], config: ModelConfig, nms: PostprocessConfig
+) -> Iterator[tuple[int, Found]]:
+    """What the export finds on each picture by itself, from id and JPEG or PNG bytes, of classes that are in use.
+
+    A SavedModel decodes the pictures itself; detections of an export with raw heads are chosen by config and nms.
+    """
+    exported = open_exported(path)
+    in_use = np.flatnonzero(exported.category_ids != PADDING)
+    for image_id, encoded in images:
+        picture = decode(encoded).numpy()
+        outputs = exported.run_encoded([encoded]) if exported.run_encoded else exported.run(picture[None])
+        if "class_logits" in outputs:
+            outputs = _of_heads(outputs, picture, config, nms)
+        # COCO results have no others; nor is an empty place of use
+        yield image_id, of_classes(Found(*(outputs[name][0] for name in ("boxes", "scores", "class_ids"))), in_use)
+
+
+def of_classes(found: Found, class_ids: ArrayLike) -> Found:
+    """Those of the detections that are of these classes."""
+    here = np.isin(found.class_ids, class_ids)
+    return Found(found.boxes[here], found.scores[here], found.class_ids[here])
+
+
+def _all_detections(
+    path: Path, images: Mapping[int, bytes], config: ModelConfig, nms: PostprocessConfig
+) -> dict[int, Found]:
+    prepare_device()
+    return dict(detections_of(path, images.items(), config, nms))
+
+
+def _of_heads(
+    outputs: Mapping[str, NDArray[Any]], picture: NDArray[np.uint8], config: ModelConfig, nms: PostprocessConfig
+) -> dict[str, NDArray[Any]]:
+    scales = tf.constant([np.max(np.array(picture.shape[:2]) / config.image_size)], tf.float32)
+    found = detect(outputs["class_logits"], outputs["box_deltas"], anchors(config), scales, nms)
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def found_of_results(results: Sequence[Mapping[str, Any]], image_id: int, classes: Sequence[Class]) -> Found:
+    """An image's detections among COCO results."""
+    class_ids = {row.category_id: row.class_id for row in classes}
     rows = [row for row in results if row["image_id"] == image_id]
     boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
     scores = np.array([row["score"] for row in rows], np.float64)
-    return Found(xywh_to_yxyx(boxes), scores, np.array([row["category_id"] for row in rows], np.int64))
-
-
-def _served(served: Mapping[str, NDArray[Any]], place: int) -> Found:
-    # COCO results leave out the head's classes that have no category, so these are left out here, too
-    known = served["category_ids"][place] != PADDING
-    return Found(*(served[key][place][known] for key in ("boxes", "scores", "category_ids")))
+    return Found(xywh_to_yxyx(boxes), scores, np.array([class_ids[row["category_id"]] for row in rows], np.int32))

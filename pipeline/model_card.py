@@ -1,13 +1,15 @@
 """The model card of a release: what the model is, what it was made of, how good it is, how it is run. Markdown."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from effdet.export_onnx import OPSET
 from pipeline.class_table import labels
 from pipeline.coco_metrics import SUMMARY
-from pipeline.export_check import MAX_SCORE_DIFFERENCE, MIN_IOU, Comparison
+from pipeline.export_check import BEST, HIGH_SCORE, AveragePrecision, Comparison
 from pipeline.gate import Decision
 from pipeline.model_files import StoredModel
 
@@ -24,6 +26,7 @@ Classes: {% for row in classes %}{{ row.name }}{{ ", " if not loop.last }}{% end
 
 ## How to run it
 
+{% if "saved_model" in files %}
 ```python
 import tensorflow as tf
 
@@ -34,11 +37,52 @@ for place in range(found["count"][0]):
 ```
 
 `boxes` are `[top, left, bottom, right]` in pixels of the picture as it came in, best score first. The signature
-`pixels` takes `uint8` pictures `[B, height, width, 3]` (RGB) instead. `sha256sum -c checksums.sha256` checks the files.
+`pixels` takes `uint8` pictures `[B, height, width, 3]` (RGB) instead.
 
-| file | what it is |
+{% endif %}
+{% if "model.onnx" in files %}
+```python
+import numpy as np, onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("model.onnx")
+names = [output.name for output in session.get_outputs()]
+pixels = np.asarray(Image.open("picture.jpg").convert("RGB"))[None]  # a batch of equal sizes
+found = dict(zip(names, session.run(names, {"pixels": pixels})))  # boxes, scores, classes, count
+```
+
+ONNX opset {{ opset }}; the table of classes is `classes` in its metadata.
+
+{% endif %}
+{% for name in files if name.endswith(".tflite") %}
+{% if loop.first %}
+```python
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+from PIL import Image
+
+pixels = np.asarray(Image.open("picture.jpg").convert("RGB"))[None]  # one
+found = Interpreter("{{ name }}").get_signature_runner()(pixels=pixels)  # boxes, scores, classes, count
+```
+
+A LiteRT file is a zip archive, too, with `labels.txt` and `classes.json`.
+
+{% endif %}
+{% endfor %}
+`sha256sum -c checksums.sha256` checks the files.
+
+| for serving | MB | compared with the model that was judged |
+| --- | ---: | --- |
+{% for path, outcome in exports.items() %}
+| `{{ path.name }}` | {{ megabytes(path) }} | {{ outcome.words() }} |
+{% endfor %}
+
+They ran on images of {{ gate_split }}; compared were detections that score at least {{ high_score }}, at full precision
+the {{ best }} best of each image, too. int8 is judged by its AP over all of val.
+Boxes and scores are computed in float32 in all of them; float16 and int8 concern the network.
+
+| beside them | what it is |
 | --- | --- |
-| `saved_model/` | decoding, preprocessing, network, non-maximum suppression and class names in one |
 | `model.json`, `weights.safetensors` | configuration and weights, to train on from |
 | `classes.json` | class ids of the model, category ids of the annotations, names |
 | `decision.json` | the gate's decision, every rule with its figures |
@@ -81,10 +125,6 @@ Post-processing: {{ nms.method }} non-maximum suppression by class,
 {{ nms.score_threshold }}.
 These settings favour recall: set your own score threshold on top.
 
-The SavedModel was loaded in a process of its own and compared with what was judged, on
-{{ comparison.images }} images of {{ gate_split }}: all {{ comparison.detections }} detections compared are there, to an
-IoU of {{ min_iou }} and to {{ max_score_difference }} in score.
-
 ## Gate
 
 **{{ decision.decision | capitalize }}**, on {{ gate_split }}, which was {{ judged[gate_split].used_for }}.
@@ -102,9 +142,9 @@ def model_card(
     manifest: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     decision: Decision,
-    comparison: Comparison,
+    exports: Mapping[Path, Comparison | AveragePrecision],
 ) -> str:
-    """The card. `evaluation` is evaluate's metrics.json, `manifest` that of the shards."""
+    """The card. `evaluation` is evaluate's metrics.json, `manifest` the shards', `exports` the files to serve."""
     environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
@@ -122,7 +162,15 @@ def model_card(
         decision=decision,
         figure=lambda value: "none" if value is None else f"{value:.3f}",
         cell=lambda text: text.replace("|", "\\|"),
-        comparison=comparison,
-        min_iou=MIN_IOU,
-        max_score_difference=MAX_SCORE_DIFFERENCE,
+        exports=exports,
+        files=[path.name for path in exports],
+        megabytes=_megabytes,
+        high_score=HIGH_SCORE,
+        best=BEST,
+        opset=OPSET,
     )
+
+
+def _megabytes(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f}"

@@ -1,12 +1,13 @@
 """A trained model as files: model.json (configuration, class table, which weights) beside weights.safetensors.
 
-The same two files stand in data/model and in a release, and are read in one way.
+The same two files stand in data/model and in a release, and are read in one way. Beside training checkpoints lies
+network.json, which is model.json without a word on weights.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from effdet.config import ModelConfig
 from effdet.errors import EffdetError
 from effdet.model import build
+from effdet.weights import WEIGHTS_FILE as WEIGHTS_FILE
 from effdet.weights import assign, load_weights, save_weights
 from pipeline.class_table import Class
 from pipeline.errors import PipelineError
@@ -23,26 +25,36 @@ from pipeline.settings import Section
 
 FORMAT = 1
 MODEL_FILE = "model.json"
-WEIGHTS_FILE = "weights.safetensors"
+NETWORK_FILE = "network.json"
 
 
 class Weights(Section):
     """Which of the weights that training saw are kept."""
 
     kind: str  # "ema", or "raw" where there is no average
-    epoch: int  # counted from 1
-    step: int
-    selected_by: str  # "val AP" or "last"
-    sha256: str  # of weights.safetensors, as pipeline.files.checksum writes it
+    epoch: int  # counted from 1; 0 where it is not known
+    step: int  # likewise
+    selected_by: str  # "val AP", "last", or "published" where others trained it
+    # in model.json of weights.safetensors, as pipeline.files.checksum writes it; of a model that
+    # pipeline.model_source opened elsewhere, of what it came from: pipeline.initial_weights.content_checksum
+    sha256: str
 
 
-class Description(Section):
-    """model.json."""
+class Network(Section):
+    """network.json."""
 
     format: int
     model: dict[str, Any]  # ModelConfig's fields
     classes: list[Class]  # by class_id
+
+
+class Description(Network):
+    """model.json."""
+
     weights: Weights
+
+
+Described = TypeVar("Described", bound=Network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +80,7 @@ def write_model(
     """Writes model.json and weights.safetensors into `folder`, which exists.
 
     `arrays` has every published name (effdet.weights.published_variables); `kind` is "ema" or "raw", `selected_by`
-    "val AP" or "last".
+    "val AP", "last" or "published".
     """
     save_weights(folder / WEIGHTS_FILE, arrays)
     sha256 = checksum(folder / WEIGHTS_FILE, "sha256")
@@ -84,15 +96,7 @@ def write_model(
 def read_model(folder: Path) -> StoredModel:
     """Builds the model of a folder and gives it its weights. PipelineError where the files do not make one."""
     description = read_description(folder)
-    weights_file = folder / WEIGHTS_FILE
-    if not weights_file.is_file():
-        raise PipelineError(f"{weights_file}: weights not found beside {MODEL_FILE}; run `dvc repro`")
-    found = checksum(weights_file, "sha256")
-    if found != description.weights.sha256:
-        raise PipelineError(
-            f"{weights_file}: is {found}, and {MODEL_FILE} says {description.weights.sha256}: the two files are not "
-            "of one model; restore both (`dvc checkout`) or train again"
-        )
+    weights_file = check_weights(folder, description)
     try:
         config = ModelConfig.from_dict(description.model)
         model = build(config)
@@ -102,15 +106,47 @@ def read_model(folder: Path) -> StoredModel:
     return StoredModel(config, description.classes, description.weights, model)
 
 
+def check_weights(folder: Path, description: Description) -> Path:
+    """The weights' file. PipelineError where it is missing, or not that which the description names."""
+    weights_file = folder / WEIGHTS_FILE
+    if not weights_file.is_file():
+        raise PipelineError(f"{weights_file}: weights not found beside {MODEL_FILE}; run `dvc repro`")
+    found = checksum(weights_file, "sha256")
+    if found != description.weights.sha256:
+        raise PipelineError(
+            f"{weights_file}: is {found}, and {MODEL_FILE} says {description.weights.sha256}: the two files are not "
+            "of one model; restore both (`dvc checkout`) or train again"
+        )
+    return weights_file
+
+
+def write_network(folder: Path, config: ModelConfig, classes: Sequence[Class]) -> None:
+    """Writes network.json into `folder`, which exists."""
+    network = Network(format=FORMAT, model=dataclasses.asdict(config), classes=list(classes))
+    write_json(folder / NETWORK_FILE, network.model_dump(mode="json"))
+
+
+def read_network(folder: Path) -> tuple[ModelConfig, list[Class]]:
+    """network.json, checked. PipelineError names what is wrong with it."""
+    network = _read(folder / NETWORK_FILE, Network)
+    try:
+        return ModelConfig.from_dict(network.model), network.classes
+    except EffdetError as error:
+        raise PipelineError(f"{folder / NETWORK_FILE}: {error}; train again with this version") from None
+
+
 def read_description(folder: Path) -> Description:
     """model.json alone, checked. PipelineError names what is wrong with it."""
-    path = folder / MODEL_FILE
+    return _read(folder / MODEL_FILE, Description)
+
+
+def _read(path: Path, kind: type[Described]) -> Described:
     content = read_json(path, "model description")
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
         raise PipelineError(f"{path}: expected format {FORMAT}, got {found!r:.80}; train again with this version")
     try:
-        description = Description.model_validate(content)
+        description = kind.model_validate(content)
     except ValidationError as error:
         details = error.errors()[0]
         where = ".".join(str(key) for key in details["loc"])

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.settings import Section, read_yaml, validated
 
 PARAMS_FILE = Path("params.yaml")
+IMAGENET = "imagenet"  # as train.init_from: the backbone's ImageNet weights
 
 
 def _below(path: str) -> str:
@@ -24,7 +25,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what NumPy and TensorFlow both take
+Format = Literal["saved_model", "onnx", "litert_float32", "litert_float16", "litert_int8"]
 Below = Annotated[str, AfterValidator(_below)]
+Sha256 = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Checksum = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
 
 
@@ -136,7 +139,9 @@ class Train(Section):
     box_loss_weight: NonNegative
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"]
     jit_compile: bool
-    backbone_weights: Literal["none", "imagenet"]
+    init_from: str | None  # "imagenet", or a path of weights: the whole model or its backbone begins with them
+    init_checksum: Sha256 | None  # of what lies at that path; null takes what is there
+    allow_head_mismatch: bool  # where the classes are others, the class head begins fresh
     freeze: str | None  # regular expression: layers with a variable of such a name stay as they are
     seed: Seed
     augment: Augment
@@ -151,6 +156,8 @@ class Train(Section):
             raise ValueError(f"schedule_epochs {self.schedule_epochs} is below epochs {self.epochs}")
         if self.warmup_epochs >= self.schedule_epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is not below schedule_epochs {self.schedule_epochs}")
+        if self.init_checksum is not None and self.init_from in (None, IMAGENET):
+            raise ValueError(f"init_checksum is of a path's content, and init_from is {self.init_from}; set it to null")
         return self
 
 
@@ -175,10 +182,24 @@ class Evaluate(Section):
 
 
 class Promote(Section):
-    """The gate."""
+    """The gate, and what goes out."""
 
     min_ap: Fraction  # where there is no champion
     min_gain: float  # AP over the champion's
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)]  # that the model goes out in
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("formats"), list):
+            return {**value, "formats": tuple(value["formats"])}
+        return value
+
+    @model_validator(mode="after")
+    def _different(self) -> "Promote":
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError(f"formats: one stands there twice: {', '.join(self.formats)}")
+        return self
 
 
 class Params(Section):

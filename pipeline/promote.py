@@ -7,40 +7,53 @@ champion.json, makes it the champion. Input that cannot be understood, and an ex
 evaluated model does, are faults.
 
 data/release/
-  saved_model/                       for serving, see effdet.export
-  model.json, weights.safetensors    to train on from
+  saved_model/, model.onnx, model_*.tflite   for serving: the formats of promote.formats, see effdet.export
+  model.json, weights.safetensors            to train on from
   classes.json, model_card.md, decision.json, provenance.json, checksums.sha256
-metrics.json                         in git: what a reviewer compares
+metrics.json                                 in git: what a reviewer compares
 """
 
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from effdet.boxes import PADDING
-from effdet.export import export_saved_model
+from tqdm import tqdm
+
+from effdet.inference import prepare_device
 from effdet.postprocess import PostprocessConfig
+from effdet.preprocess import decode
 from pipeline import params
 from pipeline.class_table import class_rows, require_same
+from pipeline.coco_metrics import NOTHING_TO_FIND
 from pipeline.errors import PipelineError, run
-from pipeline.export_check import check_export
+from pipeline.export_check import (
+    BOUNDS,
+    AveragePrecision,
+    Comparison,
+    check_average_precision,
+    check_export,
+    found_of_results,
+)
+from pipeline.exports import CALIBRATION_IMAGES, FILES, write_export
 from pipeline.files import checksum, read_json, write_json, written_whole
 from pipeline.gate import Decision, Judged, decide, is_champion, read_champion
 from pipeline.model_card import model_card
 from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel, read_model
+from pipeline.params import Format
+from pipeline.shard_files import MANIFEST, all_images, ground_truth_path, shard_paths, spread_images
 
 CHAMPION = Path("champion.json")
-MANIFEST = Path("data/shards/manifest.json")
 MODEL = Path("data/model")
 EVALUATION = Path("data/eval")
 LOCK = Path("requirements/ml.txt")  # the environment that exports
 OUT = Path("data/release")
 METRICS = Path("metrics.json")
 
+COMPARED_IMAGES = 64  # of the gate's split, on which each export is compared
 METRIC_DIGITS = 6  # of what stands in git
 
 
@@ -62,18 +75,28 @@ def candidate_of(stored: StoredModel, judged: Mapping[str, Any]) -> Judged:
     )
 
 
-def export(folder: Path, stored: StoredModel, judged: Mapping[str, Any]) -> None:
-    """The SavedModel of the model, with the post-processing that it was judged with."""
-    rows = {row.class_id: row for row in stored.classes}
-    head = [rows.get(class_id) for class_id in range(stored.config.num_classes)]
-    export_saved_model(
-        folder,
-        stored.model,
-        stored.config,
-        PostprocessConfig(**judged["nms"]),
-        [row.category_id if row else PADDING for row in head],
-        [row.name if row else "" for row in head],
-    )
+def write_exports(
+    folder: Path, stored: StoredModel, manifest: Mapping[str, Any], judged: Mapping[str, Any], formats: Sequence[Format]
+) -> dict[str, Comparison | AveragePrecision]:
+    """The model in each format, with the post-processing that it was judged with: file -> how it compares with that."""
+    nms = PostprocessConfig(**judged["nms"])
+    split = judged["gate_split"]
+    images = spread_images(shard_paths(manifest, split), COMPARED_IMAGES)
+    results = read_json(EVALUATION / f"detections_{split}.json", "detections")
+    found = {image_id: found_of_results(results, image_id, stored.classes) for image_id in images}
+    outcomes: dict[str, Comparison | AveragePrecision] = {}
+    for format_name in tqdm(formats, desc="export", unit=" formats", disable=None):
+        path = folder / FILES[format_name]
+        if format_name == "litert_int8":
+            examples = spread_images(shard_paths(manifest, "train"), CALIBRATION_IMAGES)
+            write_export(path, format_name, stored, nms, [decode(encoded).numpy() for encoded in examples.values()])
+            val, model_ap = all_images(shard_paths(manifest, "val")), judged["splits"]["val"]["metrics"]["AP"]
+            model_ap = NOTHING_TO_FIND if model_ap is None else model_ap
+            outcomes[path.name] = check_average_precision(path, val, ground_truth_path("val"), model_ap, stored, nms)
+        else:
+            write_export(path, format_name, stored, nms)
+            outcomes[path.name] = check_export(path, BOUNDS[format_name], images, found, stored.config, nms)
+    return outcomes
 
 
 def provenance(judged: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,19 +112,23 @@ def provenance(judged: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_release(
-    folder: Path, stored: StoredModel, manifest: Mapping[str, Any], judged: Mapping[str, Any], decision: Decision
+    folder: Path,
+    stored: StoredModel,
+    manifest: Mapping[str, Any],
+    judged: Mapping[str, Any],
+    decision: Decision,
+    formats: Sequence[Format],
 ) -> None:
-    """The bundle, with the exported model checked before anything is said of it."""
-    export(folder / "saved_model", stored, judged)
-    samples = {int(path.stem): path.read_bytes() for path in (EVALUATION / "samples").iterdir()}
-    results = read_json(EVALUATION / f"detections_{judged['gate_split']}.json", "detections")
-    comparison = check_export(folder / "saved_model", samples, results)
+    """The bundle, with each export checked before anything is said of it."""
+    outcomes = write_exports(folder, stored, manifest, judged, formats)
     for name in (MODEL_FILE, WEIGHTS_FILE):
         shutil.copyfile(MODEL / name, folder / name)
     write_json(folder / "classes.json", [row.model_dump() for row in stored.classes])
     write_json(folder / "decision.json", decision.model_dump(mode="json"))
     write_json(folder / "provenance.json", provenance(judged))
-    card = model_card(stored, manifest, judged, decision, comparison)
+    card = model_card(
+        stored, manifest, judged, decision, {folder / name: outcome for name, outcome in outcomes.items()}
+    )
     (folder / "model_card.md").write_text(card, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{checksum(path, 'sha256').removeprefix('sha256:')}  {path.relative_to(folder)}\n" for path in files]
@@ -130,6 +157,7 @@ def _rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def main() -> None:
     """Reads the candidate and the champion; writes data/release and metrics.json, whole or not at all."""
+    prepare_device()
     limits = params.load().promote
     champion = read_champion(CHAMPION)
     manifest = read_json(MANIFEST, "manifest of the shards")
@@ -145,7 +173,7 @@ def main() -> None:
     decision = decide(candidate, champion, limits)
     with written_whole(OUT) as folder:
         folder.mkdir()
-        write_release(folder, stored, manifest, judged, decision)
+        write_release(folder, stored, manifest, judged, decision, limits.formats)
     write_json(METRICS, summary(stored, judged, decision))
     if is_champion(candidate, champion):
         print("the candidate is the champion: the release is the champion's")

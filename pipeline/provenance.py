@@ -1,4 +1,4 @@
-"""What a model was trained with: versions, hardware, and where the work ran.
+"""What a model was trained with: versions, the weights it began with, hardware, and where the work ran.
 
 No time, host name or path is in it: the same run on the same kind of machine gives the same file.
 """
@@ -28,11 +28,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def provenance(settings: Local, ranks: list[dict[str, Any]], precision: str) -> dict[str, Any]:
-    """The content of provenance.json. `ranks` has the hardware of each rank."""
+def provenance(settings: Local, ranks: list[dict[str, Any]], precision: str, begins_with: str | None) -> dict[str, Any]:
+    """The content of provenance.json. `ranks` has the hardware of each rank.
+
+    `begins_with`: the weights that training began with (pipeline.initial_weights.identity); None for random ones.
+    """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "precision": precision,
+        "begins_with": begins_with,
         "ranks": ranks,
         "local": {
             "launcher": settings.launcher,

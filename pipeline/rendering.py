@@ -1,4 +1,4 @@
-"""Pictures of an image twice, side by side: true boxes on the left, detections on the right.
+"""Boxes with labels, drawn on an image as it is, or on two copies of it: true boxes left, detections right.
 
 Pillow alone draws them, in a font that comes with the environment, so that the same boxes give the same bytes.
 """
@@ -6,18 +6,24 @@ Pillow alone draws them, in a font that comes with the environment, so that the 
 import colorsys
 import functools
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 LONG_SIDE = 512  # pixels to which the longer side of the image is scaled
 GAP = 8  # pixels between the two
 CAPTION = 22  # pixels of the strip above them
 TEXT = 13  # pixels, font size
+LINE = 2  # pixels, a box's edge
+OWN_TEXT = (11, 1 / 60)  # of a picture in its own size: at least so many pixels, and such a share of the longer side
+OWN_LINE = (1, 1 / 320)
+LABEL_HEIGHT = 16 / 13  # of a label, in font sizes: room for what hangs below the line
 JPEG_QUALITY = 85
 BACKGROUND = (255, 255, 255)
 GOLDEN_ANGLE = 0.381966  # of a turn: neighbours in class id get hues far apart
@@ -40,37 +46,51 @@ def side_by_side(encoded: bytes, truth: Iterable[Drawn], detections: Iterable[Dr
     image = image.resize(size, Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (2 * image.width + GAP, image.height + CAPTION), BACKGROUND)
     for caption, left, boxes in (("truth", 0, truth), ("detections", image.width + GAP, detections)):
-        ImageDraw.Draw(canvas).text((left + 2, 3), caption, fill=(0, 0, 0), font=_font())
+        ImageDraw.Draw(canvas).text((left + 2, 3), caption, fill=(0, 0, 0), font=_font(TEXT))
         canvas.paste(_with_boxes(image, scale, boxes), (left, CAPTION))
     output = io.BytesIO()
     canvas.save(output, "JPEG", quality=JPEG_QUALITY)
     return output.getvalue()
 
 
+def with_boxes(pixels: NDArray[np.uint8], boxes: Sequence[Drawn]) -> Image.Image:
+    """A picture [h,w,3] RGB in its own size with boxes in the order given, and above all boxes their labels.
+
+    Lines and letters grow with the picture, which is looked at in the size of a screen.
+    """
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    line, text = (max(least, round(max(image.size) * share)) for least, share in (OWN_LINE, OWN_TEXT))
+    for drawn in boxes:
+        _box(draw, 1.0, drawn, line)
+    for drawn in boxes:
+        _label(draw, image.size, 1.0, drawn, text)
+    return image
+
+
 def _with_boxes(image: Image.Image, scale: float, boxes: Iterable[Drawn]) -> Image.Image:
     image = image.copy()
     draw = ImageDraw.Draw(image)
     for drawn in boxes:
-        top, left, bottom, right = (float(edge) * scale for edge in drawn.box)
-        colour = _colour(drawn.class_id)
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
-        _label(draw, image.size, (left, top), drawn.label, colour)
+        _box(draw, scale, drawn, LINE)
+        _label(draw, image.size, scale, drawn, TEXT)
     return image
 
 
-def _label(
-    draw: ImageDraw.ImageDraw,
-    size: tuple[int, int],
-    corner: tuple[float, float],
-    text: str,
-    colour: tuple[int, int, int],
-) -> None:
+def _box(draw: ImageDraw.ImageDraw, scale: float, drawn: Drawn, line: int) -> None:
+    top, left, bottom, right = (float(edge) * scale for edge in drawn.box)
+    corners = (left, top, max(left, right), max(top, bottom))
+    draw.rectangle(corners, outline=_colour(drawn.class_id), width=line)
+
+
+def _label(draw: ImageDraw.ImageDraw, size: tuple[int, int], scale: float, drawn: Drawn, text: int) -> None:
     """Above the box's upper left corner, moved to stand inside the picture."""
-    width, height = draw.textlength(text, font=_font()) + 4, TEXT + 3
-    left = max(0, min(corner[0], size[0] - width))
-    top = max(0, min(corner[1] - height, size[1] - height))
-    draw.rectangle((left, top, left + width, top + height), fill=colour)
-    draw.text((left + 2, top), text, fill=(0, 0, 0), font=_font())
+    font = _font(text)
+    width, height = draw.textlength(drawn.label, font=font) + 4, math.ceil(text * LABEL_HEIGHT)
+    left = max(0, min(float(drawn.box[1]) * scale, size[0] - width))
+    top = max(0, min(float(drawn.box[0]) * scale - height, size[1] - height))
+    draw.rectangle((left, top, left + width, top + height), fill=_colour(drawn.class_id))
+    draw.text((left + 2, top), drawn.label, fill=(0, 0, 0), font=font)
 
 
 def _colour(class_id: int) -> tuple[int, int, int]:
@@ -80,7 +100,7 @@ def _colour(class_id: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it; the basic layout engine, since the other may or may not be there."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(path, TEXT, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

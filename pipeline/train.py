@@ -11,7 +11,7 @@ from pathlib import Path
 
 from effdet.config import model_config
 from effdet.distributed import connect
-from pipeline import local, params
+from pipeline import local, params, params_check
 from pipeline.errors import PipelineError, run
 from pipeline.files import read_json
 from pipeline.launch import WORKER, launch
@@ -27,6 +27,7 @@ def main() -> None:
     if arguments not in ([], [WORKER]):
         raise PipelineError(f"{MODULE}: takes no arguments, got {' '.join(arguments)}; params.yaml says what to do")
     settings, where = params.load(), local.load()
+    params_check.check(settings)  # download asked already, and is not asked again when another parameter changes
     manifest = read_json(SHARDS / "manifest.json", "manifest of the shards")
     config = model_config(settings.model.name, manifest["num_classes"], settings.model.image_size)
     if settings.train.ranks > 1 and not arguments:

@@ -32,15 +32,16 @@ from effdet.postprocess import PostprocessConfig
 from effdet.sampling import first_step
 from effdet.schedule import Schedule
 from effdet.training import Optimization, StepRecord, Trainer, TrainState, freeze
-from effdet.weights import load_backbone
 from pipeline.class_table import class_rows
 from pipeline.coco_metrics import SUMMARY, coco_metrics, coco_results
 from pipeline.files import checksum, write_json
+from pipeline.initial_weights import begin_with, identity
 from pipeline.local import Local
-from pipeline.model_files import write_model
+from pipeline.model_files import write_model, write_network
 from pipeline.params import Params
 from pipeline.params import Train as TrainParams
 from pipeline.provenance import hardware, provenance
+from pipeline.shard_files import ground_truth_path, shard_paths
 from pipeline.training_log import Events, History, Progress, Row, epoch_row
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -89,7 +90,9 @@ class Run:
                 f"training: {self.settings.epochs} epochs of {self.num_images} images make no batch of "
                 f"{self.global_batch} (ranks x batch_size); take a smaller batch or more epochs"
             )
-        content = fingerprint_content(settings, shards)
+        # Rank 0 alone has the weights to begin with.
+        begins_with = ranks.gather(identity(settings.train) if ranks.rank == 0 else None)[0]
+        content = fingerprint_content(settings, shards, begins_with)
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self.folder = Path(where.checkpoint_dir) / self.fingerprint[:16]
         told = ranks.gather(self.fingerprint)
@@ -102,16 +105,17 @@ class Run:
         if ranks.rank == 0:
             self._lock = _locked(self.folder)
             write_json(self.folder / FINGERPRINT_FILE, content)
+            write_network(self.folder, config, class_rows(manifest["classes"]))
         self.standing, self.trainer = self._begin()
-        self._provenance = provenance(where, ranks.gather(hardware()), self.settings.precision)
+        self._provenance = provenance(where, ranks.gather(hardware()), self.settings.precision, begins_with)
 
     def _begin(self) -> tuple[Standing, Trainer]:
         """The state from the newest whole checkpoint, or a fresh one."""
         keras.utils.set_random_seed(self.settings.seed)
         model = build(self.config, self.settings.precision)
         found = checkpoint.latest(self.folder, report=print) if self.ranks.rank == 0 else None
-        if found is None and self.ranks.rank == 0 and self.settings.backbone_weights != "none":
-            load_backbone(model, self.config, self.settings.backbone_weights)
+        if found is None and self.ranks.rank == 0 and self.settings.init_from is not None:
+            print(f"begins with {begin_with(model, self.config, self.settings)}", flush=True)
         if self.settings.freeze is not None:
             freeze(model, self.settings.freeze)
         state = TrainState(model, self.settings.momentum, self.settings.precision == "mixed_float16")
@@ -155,7 +159,7 @@ class Run:
     def training_data(self, start_step: int) -> tf.data.Dataset:
         how = self.settings
         return train_batches(
-            self._shard_paths("train"),
+            shard_paths(self.manifest, "train", self.shards),
             image_size=self.config.image_size,
             max_boxes=self.manifest["max_boxes"],
             batch_size=how.batch_size,
@@ -167,14 +171,11 @@ class Run:
             workers=self.where.loader_workers,
         )
 
-    def _shard_paths(self, split: str) -> list[Path]:
-        return [self.shards / shard["file"] for shard in self.manifest["splits"][split]["shards"]]
-
     def _validate(self) -> Row:
         """Judges the averaged weights on val, each rank its part, and notes whether they are the best so far."""
         standing, state = self.standing, self.trainer.state
         batches = evaluation_batches(
-            self._shard_paths("val"),
+            shard_paths(self.manifest, "val", self.shards),
             image_size=self.config.image_size,
             max_boxes=self.manifest["max_boxes"],
             batch_size=self.settings.batch_size,
@@ -188,7 +189,7 @@ class Run:
         parts = self.ranks.gather(coco_results(found, class_rows(self.manifest["classes"])))
         metrics: dict[str, float] = {}
         if self.ranks.rank == 0:
-            ground_truth = self.shards / "ground_truth_val.json"
+            ground_truth = ground_truth_path("val", self.shards)
             metrics = coco_metrics(ground_truth, [result for part in parts for result in part])
         metrics = self.ranks.gather(metrics)[0]
         rises = standing.best_ap is None or metrics["AP"] > standing.best_ap
@@ -299,14 +300,18 @@ def optimization_of(settings: TrainParams) -> Optimization:
     )
 
 
-def fingerprint_content(settings: Params, shards: Path) -> dict[str, Any]:
-    """What a run's result depends on: data by the manifest's hash, parameters, the code that this process loaded."""
+def fingerprint_content(settings: Params, shards: Path, begins_with: str | None) -> dict[str, Any]:
+    """What a run's result depends on: data by the manifest's hash, parameters, the code that this process loaded.
+
+    `begins_with`: the weights of train.init_from by their content (pipeline.initial_weights.identity), not their path.
+    """
     root = Path(__file__).parents[1]
     loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
     code = {path for path in loaded if path.parent in (root / "effdet", root / "pipeline")}
     return {
         "manifest": checksum(shards / "manifest.json", "sha256"),
         "model": settings.model.model_dump(mode="json"),
-        "train": settings.train.model_dump(mode="json"),
+        "train": settings.train.model_dump(mode="json", exclude={"init_from", "init_checksum"}),
+        "begins_with": begins_with,
         "code": {str(path.relative_to(root)): checksum(path, "sha256") for path in code},
     }

@@ -23,8 +23,9 @@ SMALL = {
     "epochs: ": 1,
     "schedule_epochs: ": 1,
     "warmup_epochs: ": 0,
-    "backbone_weights: ": "none",
+    "init_from: ": "null",
     "min_ap: ": 0.0,
+    "formats: ": "[saved_model]",
 }
 
 

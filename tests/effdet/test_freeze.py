@@ -22,6 +22,7 @@ def _train(model, steps):
     return trainer.state
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_and_the_rest_learns():
     model = tiny_model()
     freeze(model, "^tiny/")
@@ -35,6 +36,7 @@ def test_a_frozen_backbone_stays_and_the_rest_learns():
     assert not [name for name in changed | averaged_changed if name.startswith("tiny/")]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_frozen_layers():
     model = tiny_model(seed=1)
     freeze(model, "^tiny/")
@@ -47,6 +49,7 @@ def test_a_checkpoint_holds_the_frozen_layers():
         np.testing.assert_array_equal(_values(other)[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_normalization_alone_is_frozen():
     model = tiny_model()
     freeze(model, "/gamma$")

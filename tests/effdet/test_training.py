@@ -176,6 +176,7 @@ def test_images_without_boxes_train(trainer):
     assert np.isfinite(record.loss)
 
 
+@pytest.mark.slow
 def test_float16_skips_a_step_that_overflows(trainer):
     (expected,) = run(trainer, 1)
     half = new_trainer("mixed_float16")

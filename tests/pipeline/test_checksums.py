@@ -104,3 +104,49 @@ def test_synthetic_data_has_none(here: Path) -> None:
     Path("params.yaml").write_text((Path(__file__).parents[2] / "params.yaml").read_text())
     with pytest.raises(PipelineError, match=r"data\.source: synthetic data is made, not fetched"):
         checksums.main()
+
+
+# --- train.init_checksum ------------------------------------------------------------------------
+
+NEW = "sha256:" + 64 * "a"
+
+
+def with_init(line: str) -> str:
+    """The default params.yaml with another line of train.init_checksum."""
+    text = (Path(__file__).parents[2] / "params.yaml").read_text()
+    (old,) = (found for found in text.splitlines() if found.startswith("  init_checksum:"))
+    return text.replace(old, line)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("  init_checksum: null       # of weights", f"  init_checksum: {NEW}       # of weights"),
+        ("  init_checksum:", f"  init_checksum: {NEW}"),
+        ("  init_checksum: ", f"  init_checksum: {NEW} "),
+        ("  init_checksum:   # of weights", f"  init_checksum: {NEW}   # of weights"),
+        ("  init_checksum: # of weights", f"  init_checksum: {NEW} # of weights"),
+        ("  init_checksum: ~", f"  init_checksum: {NEW}"),
+        (f"  init_checksum:   'sha256:{64 * '0'}'  # '", f"  init_checksum: {NEW}  # '"),
+    ],
+)
+def test_an_init_checksum_is_written_whatever_stands_there(tmp_path: Path, before: str, after: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(with_init(before))
+    checksums.write_init(path, NEW)
+    assert path.read_text() == with_init(after)
+    checksums.write_init(path, NEW)
+    assert path.read_text() == with_init(after)
+
+
+@pytest.mark.parametrize(
+    "line", ["  init_checksum:\n    null", "  init_checksum: &here null", "  'init_checksum': null"]
+)
+def test_an_init_checksum_that_cannot_be_written_is_said(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(with_init(line))
+    with pytest.raises(
+        PipelineError, match=r"params\.yaml: line \d+: write `init_checksum: null` on a line of its own"
+    ):
+        checksums.write_init(path, NEW)
+    assert path.read_text() == with_init(line)

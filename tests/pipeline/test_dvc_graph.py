@@ -22,6 +22,7 @@ def test_a_stage_depends_on_the_code_it_runs(name: str) -> None:
     assert listed == [str(path.relative_to(ROOT)) for path in behind], "run python -m pipeline.dvc_graph"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_module_behind_a_stage_is_what_python_loads(name: str) -> None:
     """The list read off the source holds every module that an import of the stage really brings in."""

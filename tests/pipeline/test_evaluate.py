@@ -13,7 +13,7 @@ import pytest
 from pipeline import evaluate
 from pipeline.coco_metrics import SUMMARY, coco_metrics
 from pipeline.errors import PipelineError
-from pipeline.evaluate import judge, pictures, spread_images, write_table
+from pipeline.evaluate import judge, pictures, rows_file, write_results, write_table
 from tests.pipeline.judged_model import CLASSES, picture, write_shards, write_trained
 
 ROOT = Path(__file__).parents[2]
@@ -82,14 +82,6 @@ def test_judge_without_anything_to_find(truth):
     assert {row["IoU50"] for row in judged.curves} == {0.0}
 
 
-def test_images_are_spread_over_the_split(tmp_path):
-    write_shards(tmp_path / "shards", {"val": 9})
-    path = tmp_path / "shards" / "val-00000-of-00001.tfrecord"
-    assert list(spread_images([path], 3)) == [100, 104, 108]
-    assert list(spread_images([path], 20)) == list(range(100, 109))
-    assert spread_images([path], 0) == {}
-
-
 def test_pictures_draw_high_scores_only():
     encoded, height, width = picture(np.random.default_rng(1))
     box = [5, 5, width - 10, height - 10]
@@ -106,6 +98,18 @@ def test_pictures_draw_high_scores_only():
 def test_table_leaves_none_empty(tmp_path):
     write_table(tmp_path / "t.csv", [{"name": 'a, "b"', "AP": None}, {"name": "c", "AP": 0.5}])
     assert (tmp_path / "t.csv").read_text() == 'name,AP\n"a, ""b""",\nc,0.5\n'
+
+
+def test_results_are_json_one_a_line(tmp_path):
+    write_results(tmp_path / "r.json", ({"b": n, "a": [0.5]} for n in (1, 2)))
+    assert (tmp_path / "r.json").read_text() == '[\n{"a": [0.5], "b": 1},\n{"a": [0.5], "b": 2}\n]\n'
+    with rows_file(tmp_path / "s.json") as add:
+        for n in (1, 2):
+            add([{"b": n, "a": [0.5]}])
+            add([])
+    assert (tmp_path / "s.json").read_text() == (tmp_path / "r.json").read_text()
+    write_results(tmp_path / "none.json", [])
+    assert (tmp_path / "none.json").read_text() == "[\n\n]\n"
 
 
 # The whole stage ------------------------------------------------------------------------------------------------------
@@ -170,13 +174,10 @@ def test_tables_for_plots(out):
     assert set(rows[0]) == {"recall", "IoU50", "IoU75"}
 
 
-def test_pictures_and_samples(out):
+def test_pictures(out):
     assert sorted(path.name for path in (out / "pictures").iterdir()) == sorted(
         [f"val-{number}.jpg" for number in range(100, 107)] + [f"test-{number}.jpg" for number in range(200, 205)]
     )
-    # of the gate's split, as they came: the second is a PNG
-    names = [f"{number}.{'png' if number == 201 else 'jpg'}" for number in range(200, 205)]
-    assert sorted(path.name for path in (out / "samples").iterdir()) == names
 
 
 class Links(HTMLParser):

@@ -10,7 +10,7 @@ from pipeline.gate import Decision, Judged, decide, is_champion, read_champion
 from pipeline.params import Promote
 
 CLASSES = [Class(class_id=0, category_id=1, name="cat"), Class(class_id=1, category_id=2, name="dog")]
-LIMITS = Promote(min_ap=0.3, min_gain=0.01)
+LIMITS = Promote(min_ap=0.3, min_gain=0.01, formats=("saved_model",))
 
 
 def judged(ap=0.4, detector="sha256:a", **changes):
@@ -47,7 +47,7 @@ def test_gain_over_the_champion(champion, ap, outcome):
 
 
 def test_champion_below_the_floor_counts_alone():
-    low = decide(judged(0.1), None, Promote(min_ap=0.0, min_gain=0.0))
+    low = decide(judged(0.1), None, Promote(min_ap=0.0, min_gain=0.0, formats=("saved_model",)))
     assert decide(judged(0.2, "sha256:b"), low, LIMITS).decision == "accepted"
 
 
@@ -73,7 +73,10 @@ def test_other_classes_are_refused_and_named(champion):
 
 @pytest.mark.parametrize("metrics", [{}, {"AP": None}])
 def test_missing_metric_is_refused(champion, metrics):
-    assert decide(judged(metrics=metrics), None, Promote(min_ap=0.0, min_gain=0.0)).decision == "refused"
+    assert (
+        decide(judged(metrics=metrics), None, Promote(min_ap=0.0, min_gain=0.0, formats=("saved_model",))).decision
+        == "refused"
+    )
     bare = champion.model_copy(update={"candidate": judged(metrics=metrics)})
     decision = decide(judged(0.9, "sha256:b"), bare, LIMITS)
     assert decision.decision == "refused"
@@ -84,7 +87,7 @@ def test_champion_itself_keeps_its_decision(champion):
     again = judged(0.4)
     assert is_champion(again, champion)
     # neither higher limits nor min_gain, which no model reaches over itself, touch it
-    assert decide(again, champion, Promote(min_ap=0.99, min_gain=0.5)) == champion
+    assert decide(again, champion, Promote(min_ap=0.99, min_gain=0.5, formats=("saved_model",))) == champion
 
 
 def test_champions_model_on_other_ground_truth_is_refused(champion):

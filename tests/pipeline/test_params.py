@@ -62,6 +62,9 @@ def test_an_unknown_source_is_named_with_the_known_ones(tmp_path: Path) -> None:
         ("  seed: 1", "  seed: -1", "data.seed: "),
         ("learning_rate: 0.08", "learning_rate: .inf", "train.learning_rate: "),
         ("min_gain: 0.0", "min_gain: .nan", "promote.min_gain: "),
+        ("formats: [saved_model, onnx,", "formats: [saved_model, onxx,", "promote.formats.1: "),
+        ("formats: [", "formats: []  # [", "promote.formats: "),
+        ("formats: [", "formats: onnx  # [", "promote.formats: "),
         ("score_threshold: 0.001", "score_threshold: 1.0", "evaluate.nms.score_threshold: "),
         ("freeze: ^efficientnet", "freeze: '['  #", "train.freeze: "),
     ],
@@ -93,6 +96,21 @@ def test_an_unknown_model_and_an_image_size_that_no_level_divides(tmp_path: Path
     (error,) = _errors_after(tmp_path, (size, "  image_size: [200, 128]"))
     assert "200" in error
     assert "128" in error
+
+
+def test_an_int8_file_is_for_lite_models(tmp_path: Path) -> None:
+    others = ("efficientdet-lite0", "efficientdet-d0"), ("[160, 160]", "[128, 128]")
+    (error,) = _errors_after(tmp_path, *others)
+    assert error.startswith("promote.formats: litert_int8 is for lite models, efficientdet-d0 is none")
+    text = (ROOT / "recipes" / "synthetic.yaml").read_text()
+    for old, new in (*others, (", litert_int8]", "]")):
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    settings = params.load(path)
+    check(settings, path)
+    assert settings.promote.formats == ("saved_model", "onnx", "litert_float32", "litert_float16")
 
 
 def test_a_file_that_is_no_yaml_or_missing(tmp_path: Path) -> None:

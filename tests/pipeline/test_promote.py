@@ -3,30 +3,41 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.pipeline.judged_model import write_shards, write_trained
+from effdet.exported import open_exported
+from tests.pipeline.judged_model import STEADY_NMS, picture, steady, write_shards, write_trained
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
+EXPORTS = ("saved_model", "model.onnx", "model_float32.tflite", "model_float16.tflite", "model_int8.tflite")
 BUNDLE = {
     "checksums.sha256",
     "classes.json",
     "decision.json",
     "model.json",
+    "model.onnx",
     "model_card.md",
+    "model_float16.tflite",
+    "model_float32.tflite",
+    "model_int8.tflite",
     "provenance.json",
+    "saved_model/assets.extra/classes.json",
     "saved_model/saved_model.pb",
-    "saved_model/variables/variables.data-00000-of-00001",
+    "saved_model/variables/variables.data-00000-of-00001",  # of a table of objects; the weights are constants
     "saved_model/variables/variables.index",
     "weights.safetensors",
 }
+CARD = "model_card.md"
+QUICK = "[saved_model]"  # for what does not look at the exports: an ONNX file takes half a minute
 
 
 def stage(root, name, **environment):
@@ -39,24 +50,28 @@ def stage(root, name, **environment):
 
 
 def set_limits(root, **limits):
-    text = (ROOT / "params.yaml").read_text()
-    head, promote = text.split("promote:\n")
-    for key, value in limits.items():
-        (line,) = (line for line in promote.splitlines() if line.strip().startswith(f"{key}:"))
-        promote = promote.replace(line, f"  {key}: {value}")
-    (root / "params.yaml").write_text(f"{head}promote:\n{promote}")
+    """params.yaml with these values in promote, and the NMS of a steady model."""
+    head, promote = (ROOT / "params.yaml").read_text().split("promote:\n")
+    (root / "params.yaml").write_text(f"{replaced(head, STEADY_NMS)}promote:\n{replaced(promote, limits)}")
+
+
+def replaced(text, values):
+    for key, value in values.items():
+        text, count = re.subn(rf"^( +{key}:) .*$", rf"\1 {value}", text, flags=re.MULTILINE)
+        assert count == 1, key
+    return text
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A workplace in which train, evaluate and promote are done, and the candidate was accepted; what promote said."""
+    """A workplace in which all stages are done, in all formats, and the candidate was accepted; what promote said."""
     root = tmp_path_factory.mktemp("promote")
     (root / "requirements").mkdir()
     shutil.copy(ROOT / "requirements" / "ml.txt", root / "requirements")
     (root / "champion.json").write_text("{}\n")
     set_limits(root, min_ap=0.0)
     write_shards(root / "data" / "shards", {"train": 3, "val": 10})
-    write_trained(root / "data" / "model")
+    write_trained(root / "data" / "model", change=steady)
     status, words = stage(root, "evaluate")
     assert status == 0, words
     status, words = stage(root, "promote")
@@ -100,8 +115,52 @@ def test_model_card_has_the_figures(released):
     assert f"| AP50 | {judged['metrics']['AP50']:.3f} |" in card
     assert f"| dog \\| wolf | {judged['per_class']['dog | wolf']:.3f} |" in card
     assert "| train | 3 |" in card
-    assert "on\n8 images of val: all " in card
     assert "**Accepted**, on val, which was also used for selection." in card
+
+
+def test_model_card_says_how_each_export_compares(released):
+    root, _ = released
+    release = root / "data" / "release"
+    card = (release / "model_card.md").read_text()
+    rows = dict(re.findall(r"^\| `([^`]+)` \| ([\d.]+ \| .*) \|$", card, re.MULTILINE))
+    assert tuple(rows) == EXPORTS
+    for name, row in rows.items():
+        megabytes, words = row.split(" | ")
+        files = [path for path in (release / name, *(release / name).rglob("*")) if path.is_file()]
+        assert megabytes == f"{sum(path.stat().st_size for path in files) / 1e6:.1f}"
+        if name == "model_int8.tflite":
+            assert re.fullmatch(r"AP 0\.\d{4} by ground_truth_val\.json, the model's 0\.\d{4}", words)
+            continue
+        pattern = r"10 images: (all|\d+ of) (\d+) detections found, IoU at least ([\d.]+), scores within (\S+)"
+        share, detections, overlap, difference = re.fullmatch(pattern, words).groups()
+        assert int(detections) > 200  # of both sides
+        half = "float16" in name
+        assert half or share == "all"
+        assert float(overlap) >= (0.95 if half else 0.99)
+        assert float(difference) <= (0.02 if half else 1e-3)
+    assert float(rows["model_float16.tflite"].split()[0]) < 0.7 * float(rows["model_float32.tflite"].split()[0])
+    assert float(rows["model_int8.tflite"].split()[0]) < float(rows["model_float16.tflite"].split()[0])
+    assert "ONNX opset 18;" in card
+
+
+def test_code_on_the_card_runs(workplace):
+    release = workplace / "data" / "release"
+    (release / "picture.jpg").write_bytes(picture(np.random.default_rng(5))[0])
+    blocks = re.findall(r"^```python\n(.*?)^```", (release / CARD).read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    code = "".join(f"{block}\nprint('COUNT', int(found['count'][0]))\n" for block in blocks)
+    done = subprocess.run([sys.executable, "-c", code], cwd=release, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, third = re.findall(r"^COUNT (\d+)$", done.stdout, re.MULTILINE)
+    assert int(first) > 100
+    assert first == second == third
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_each_export_brings_the_classes(released, name):
+    exported = open_exported(released[0] / "data" / "release" / name)
+    assert exported.class_names == ["cat", "dog | wolf", "", "cat"]
+    assert exported.category_ids.tolist() == [3, 7, -1, 9]
 
 
 def test_no_file_tells_of_the_machine(released):
@@ -131,16 +190,23 @@ def test_same_inputs_give_the_same_bytes(workplace):
 def test_promoted_candidate_keeps_its_release(workplace):
     before, metrics = content(workplace / "data" / "release"), (workplace / "metrics.json").read_bytes()
     shutil.copy(workplace / "data" / "release" / "decision.json", workplace / "champion.json")
-    set_limits(workplace, min_ap=0.9, min_gain=0.5)
+    set_limits(workplace, min_ap=0.9, min_gain=0.5, formats=QUICK)
     status, words = stage(workplace, "promote")
     assert status == 0, words
     assert "the candidate is the champion" in words
-    assert content(workplace / "data" / "release") == before
+    after = content(workplace / "data" / "release")
+    assert set(after) == {name for name in BUNDLE if not name.startswith("model") or name in ("model.json", CARD)}
+    for name in set(after) - {CARD, "checksums.sha256"}:  # which tell of the formats
+        assert after[name] == before[name], name
+    assert b"onnxruntime" not in after[CARD]
+    assert b"LiteRT" not in after[CARD]
+    gate = "## Gate"
+    assert after[CARD].decode().split(gate)[1] == before[CARD].decode().split(gate)[1]
     assert (workplace / "metrics.json").read_bytes() == metrics
 
 
 def test_rejected_candidate_is_a_result(workplace):
-    set_limits(workplace, min_ap=0.9)
+    set_limits(workplace, min_ap=0.9, formats=QUICK)
     status, words = stage(workplace, "promote")
     assert status == 0, words
     assert "candidate rejected" in words
@@ -151,12 +217,7 @@ def test_rejected_candidate_is_a_result(workplace):
 
 def test_model_that_was_not_judged(workplace):
     write_trained_again(workplace)
-    before = content(workplace / "data" / "release")
-    status, words = stage(workplace, "promote")
-    assert status == 1
-    assert "data/eval/metrics.json: judges weights sha256:" in words
-    assert "Traceback" not in words
-    assert content(workplace / "data" / "release") == before
+    check_refused(workplace, r"data/eval/metrics\.json: judges weights sha256:")
 
 
 def write_trained_again(root):
@@ -172,9 +233,29 @@ def test_export_that_detects_something_else(workplace):
     for result in results:
         result["bbox"][0] += 3
     path.write_text(json.dumps(results))
+    set_limits(workplace, min_ap=0.0, formats=QUICK)
+    check_refused(workplace, "saved_model: the exported model does not detect what the model did, on 10 of 10 images")
+
+
+def test_int8_of_a_lower_ap(workplace):
+    """The model's own AP raised, as if quantization had cost that much."""
+    path = workplace / "data" / "eval" / "metrics.json"
+    judged = json.loads(path.read_text())
+    judged["splits"]["val"]["metrics"]["AP"] = 0.5
+    path.write_text(json.dumps(judged))
+    set_limits(workplace, min_ap=0.0, formats="[litert_int8]")
+    check_refused(
+        workplace,
+        r"model_int8\.tflite: AP 0\.\d{4} on ground_truth_val\.json, where the model has 0\.5000: more than 0\.02 low",
+    )
+
+
+def check_refused(workplace, pattern):
+    """The stage ends with these words alone, and the former release stays."""
     before = content(workplace / "data" / "release")
     status, words = stage(workplace, "promote")
     assert status == 1
-    assert "saved_model: the exported model does not detect what the evaluated one did, on 8 of 8 images" in words
+    assert re.search(rf"^error: {pattern}", words, re.MULTILINE), words
+    assert "Traceback" not in words
     assert content(workplace / "data" / "release") == before
     assert not [path for path in (workplace / "data").iterdir() if path.name.endswith(".part")]

@@ -4,9 +4,10 @@ import hashlib
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from pipeline.rendering import CAPTION, GAP, LONG_SIDE, Drawn, side_by_side
+from pipeline.rendering import CAPTION, GAP, LONG_SIDE, Drawn, side_by_side, with_boxes
 
 
 def grey(width, height, mode="RGB"):
@@ -59,3 +60,37 @@ def test_grey_pictures_are_drawn():
 def test_bytes_are_the_same_everywhere():
     picture = side_by_side(grey(64, 48), [Drawn(np.array([5, 5, 40, 40]), 3, "vélo")], [])
     assert hashlib.sha256(picture).hexdigest() == "bfd02a73ba6bde98437599246f2b895c49474d2a9ce309578798bdbd15acd90c"
+
+
+# A picture in its own size --------------------------------------------------------------------------------------------
+
+
+def drawn_on(height, width, *boxes):
+    return np.asarray(with_boxes(np.full((height, width, 3), 128, np.uint8), boxes)).astype(int)
+
+
+def test_own_size_and_pixels_are_kept():
+    plain = np.random.default_rng(1).integers(0, 256, (90, 70, 3), np.uint8)
+    before = plain.copy()
+    drawn = np.asarray(with_boxes(plain, [Drawn(np.array([40.0, 10.0, 80.0, 60.0]), 0, "cat")]))
+    assert drawn.shape == (90, 70, 3)
+    np.testing.assert_array_equal(plain, before)
+    np.testing.assert_array_equal(drawn[81:], plain[81:])  # below the box
+
+
+@pytest.mark.parametrize(("side", "line"), [(100, 1), (640, 2), (3200, 10)])
+def test_lines_grow_with_the_picture(side, line):
+    drawn = drawn_on(side, side, Drawn(np.array([0.5, 0.2, 0.9, 0.8]) * side, 0, ""))
+    middle = drawn[round(0.7 * side), : side // 2].sum(axis=1) != 3 * 128
+    assert middle.sum() == line
+    assert abs(np.flatnonzero(middle)[0] - 0.2 * side) <= 1
+
+
+def test_labels_lie_above_all_boxes():
+    # the second box's edge would cut through the first one's label
+    first, second = (
+        Drawn(np.array([50.0, 20.0, 90.0, 80.0]), 0, "first"),
+        Drawn(np.array([44.0, 10.0, 95.0, 90.0]), 1, ""),
+    )
+    label = drawn_on(100, 100, first)[37:50, 20:45]
+    np.testing.assert_array_equal(drawn_on(100, 100, first, second)[37:50, 20:45], label)

@@ -84,6 +84,7 @@ def test_provenance_has_no_names(finished):
     content = json.loads((folder / "model" / "provenance.json").read_text())
     assert content["versions"]["tensorflow"]
     assert content["precision"] == "float32"
+    assert content["begins_with"] is None
     assert content["ranks"][0]["cpus"] >= 1
     assert str(folder) not in json.dumps(content)
 
@@ -91,7 +92,7 @@ def test_provenance_has_no_names(finished):
 def test_checkpoints_stay_beside_the_model(finished):
     _, made = finished
     kept = {path.name for path in made.folder.iterdir()}
-    assert {"step-00000007", "step-00000010", "fingerprint.json", "tensorboard"} <= kept
+    assert {"step-00000007", "step-00000010", "fingerprint.json", "network.json", "tensorboard"} <= kept
     assert "step-00000005" not in kept
     assert list((made.folder / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -126,15 +127,15 @@ def test_early_stopping_counts_evaluations_without_a_better_ap(tmp_path, monkeyp
 def test_other_parameters_are_another_run(finished, key, value):
     shards = finished[0] / "shards"
     fingerprint = training_run.fingerprint_content
-    assert fingerprint(settings(), shards) == fingerprint(settings(), shards)
-    assert fingerprint(settings(**{key: value}), shards) != fingerprint(settings(), shards)
+    assert fingerprint(settings(), shards, None) == fingerprint(settings(), shards, None)
+    assert fingerprint(settings(**{key: value}), shards, None) != fingerprint(settings(), shards, None)
 
 
 def test_other_data_and_code_are_another_run(finished, tmp_path, monkeypatch):
-    content = training_run.fingerprint_content(settings(), finished[0] / "shards")
+    content = training_run.fingerprint_content(settings(), finished[0] / "shards", None)
     assert {"effdet/losses.py", "effdet/training.py", "pipeline/training_run.py"} <= content["code"].keys()
     (tmp_path / "manifest.json").write_text("{}")
-    assert training_run.fingerprint_content(settings(), tmp_path)["manifest"] != content["manifest"]
+    assert training_run.fingerprint_content(settings(), tmp_path, None)["manifest"] != content["manifest"]
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path):

@@ -82,7 +82,7 @@ def settings(**train: Any) -> params.Params:
         "warmup_epochs": 0.5,
         "precision": "float32",
         "jit_compile": False,
-        "backbone_weights": "none",
+        "init_from": None,
         "freeze": None,
         "evaluate_every": 2,
         "early_stopping": None,
@@ -103,7 +103,11 @@ def make_run(folder: Path, **train: Any) -> training_run.Run:
 
 
 def main() -> None:
-    made = make_run(Path(sys.argv[1]), ranks=int(os.environ.get("HOROVOD_SIZE", "1")))
+    # INIT_FROM: a path that rank 0 alone is told
+    source = os.environ.get("INIT_FROM")
+    other = "nowhere" if source and os.environ.get("HOROVOD_RANK", "0") != "0" else source
+    options = {"init_from": other, "allow_head_mismatch": bool(source)}
+    made = make_run(Path(sys.argv[1]), ranks=int(os.environ.get("HOROVOD_SIZE", "1")), **options)
     if len(sys.argv) > 2 and made.ranks.rank == made.ranks.size - 1:
         die_before(made, int(sys.argv[2]))
     made.train()
