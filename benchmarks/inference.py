@@ -15,7 +15,6 @@ import datetime
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -119,7 +118,8 @@ def work(pipe: Connection, table: str, kind: str, folder: Path, model: str, batc
         start = time.perf_counter()
         run(images)
         pipe.send(time.perf_counter() - start)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    status = Path("/proc/self/status").read_text()  # getrusage counts what the parent held, too
+    pipe.send(int(status.partition("VmHWM:")[2].split()[0]) / 2**20)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
