@@ -17,6 +17,7 @@ from pipeline.evaluate import judge, pictures, rows_file, write_results, write_t
 from tests.pipeline.judged_model import CLASSES, picture, write_shards, write_trained
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -202,7 +203,6 @@ def test_page_opens_offline(out):
     assert not re.search(r"{[{%]|http", re.sub(r"base64,[^\"]*", "", text))
 
 
-@pytest.mark.slow
 def test_a_second_run_writes_the_same_bytes(workplace, out, monkeypatch):
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     monkeypatch.chdir(workplace)

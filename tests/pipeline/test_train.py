@@ -165,13 +165,13 @@ def edit(root, key, value):
 
 def test_unknown_model_is_refused_first(root):
     edit(root, "name", "efficientdet-d9")
-    with pytest.raises(EffdetError, match="unknown name 'efficientdet-d9'"):
+    with pytest.raises(PipelineError, match=r"params.yaml: model: unknown name 'efficientdet-d9'"):
         train.main()
 
 
 def test_image_size_that_does_not_fit_is_refused_first(root):
     edit(root, "image_size", "[250, 256]")
-    with pytest.raises(EffdetError, match=r"got \[250, 256\]; nearest are \[256, 256\]"):
+    with pytest.raises(PipelineError, match=r"params.yaml: .*got \[250, 256\]; nearest are \[256, 256\]"):
         train.main()
 
 
