@@ -2,32 +2,43 @@
 
     python -m benchmarks.input_pipeline data/shards/train-*.tfrecord
 
-Prints medians over the rounds and the peak memory of the process, which holds TensorFlow and the encoded pictures of
-the plain decoding as well. Only the share is comparable between machines and hours.
+Then the same with each augmentation that is off by default, of every picture. Each measure works in a process of its
+own, which holds TensorFlow and, for plain decoding, the encoded pictures; the others wait meanwhile. Prints medians
+over the rounds and each process's peak memory. Only the share is comparable between machines and hours. Batches are
+uint8 whatever the precision of the training, so that AMP changes nothing here.
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
+import multiprocessing
 import os
-import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
-import tensorflow as tf
-
-from effdet.augment import Augmentation
-from effdet.input_pipeline import Batch, Shards, train_batches
-from effdet.records import parse_examples
+from effdet.augment import Augmentation, RandAugment
 from pipeline.provenance import hardware
 
 IMAGE_SIZE = (512, 512)
 MAX_BOXES = 100
-AUGMENTATION = Augmentation(horizontal_flip=True, jitter_min=0.1, jitter_max=2.0)  # the published one
+PUBLISHED = Augmentation(horizontal_flip=True, jitter_min=0.1, jitter_max=2.0)
 MAX_PICTURES = 1024  # of the plain decoding, which holds them in memory
+PLAIN = "plain decode_jpeg"
+MEASURES = {  # name -> augmentation of training batches; None: decoding alone
+    PLAIN: None,
+    "training batches": PUBLISHED,
+    "with colour": dataclasses.replace(PUBLISHED, colour=1.0),
+    "with RandAugment, 1 layer": dataclasses.replace(PUBLISHED, rand_augment=RandAugment(1, 5.0)),
+    "with GridMask": dataclasses.replace(PUBLISHED, grid_mask=1.0),
+    "with mosaic": dataclasses.replace(PUBLISHED, mosaic=1.0),
+    "with mixup": dataclasses.replace(PUBLISHED, mixup=1.0),
+}
+
+Measure = Callable[[], int]  # does some work, and returns of how many images it was
 
 
 def main() -> None:
@@ -40,38 +51,67 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a measurement (default 2)")
     arguments = parser.parse_args()
 
-    batches = iter(
-        train_batches(
-            arguments.shards,
-            image_size=IMAGE_SIZE,
-            max_boxes=MAX_BOXES,
-            batch_size=arguments.batch_size,
-            rank=0,
-            num_ranks=1,
-            seed=1,
-            start_step=0,
-            augmentation=AUGMENTATION,
-            workers=arguments.workers,
-        )
-    )
-    decode = plain_decoding(encoded_pictures(arguments.shards), arguments.workers)
-    measures = {
-        "plain decode_jpeg": decode,
-        "training batches": lambda: consume(batches, arguments.batch_size),
-    }
-    rates = alternate(measures, arguments.rounds, arguments.seconds)
-    print_table(rates, arguments.batch_size, arguments.workers)
+    spawn = multiprocessing.get_context("spawn")
+    workers: dict[str, Connection] = {}
+    for name, augmentation in MEASURES.items():
+        ours, theirs = spawn.Pipe()
+        given = (theirs, augmentation, arguments.shards, arguments.batch_size, arguments.workers, arguments.seconds)
+        spawn.Process(target=work, args=given, daemon=True).start()
+        theirs.close()  # so that a worker's end is seen here
+        ours.recv()  # it is warm
+        workers[name] = ours
+    rates: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for _ in range(arguments.rounds):
+        for name, worker in workers.items():
+            worker.send("run")
+            rates[name].append(worker.recv())
+    memory = {}
+    for name, worker in workers.items():
+        worker.send("end")
+        memory[name] = worker.recv()
+    print_table(rates, memory, arguments.batch_size, arguments.workers)
 
 
-def encoded_pictures(shard_paths: list[Path]) -> tf.Tensor:
-    """The encoded pictures of the first records, string [n]."""
+def work(
+    pipe: Connection,
+    augmentation: Augmentation | None,
+    shard_paths: Sequence[Path],
+    batch_size: int,
+    workers: int,
+    seconds: float,
+) -> None:
+    """Measures whenever it is asked to: images a second each time, peak memory in GiB at the end."""
+    if augmentation is None:
+        measure = plain_decoding(shard_paths, workers)
+    else:
+        measure = training_batches(shard_paths, augmentation, batch_size, workers)
+    rate(measure, seconds)
+    pipe.send("warm")
+    while pipe.recv() == "run":
+        pipe.send(rate(measure, seconds))
+    status = Path("/proc/self/status").read_text()  # getrusage counts what the parent held, too
+    pipe.send(int(status.partition("VmHWM:")[2].split()[0]) / 2**20)
+
+
+def rate(measure: Measure, seconds: float) -> float:
+    """Images a second, measured for at least so many seconds."""
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        images += measure()
+    return images / (time.perf_counter() - start)
+
+
+def plain_decoding(shard_paths: Sequence[Path], workers: int) -> Measure:
+    """Decoding of the first records' pictures within tf.data, and nothing else."""
+    import numpy as np
+    import tensorflow as tf
+
+    from effdet.input_pipeline import Shards
+    from effdet.records import parse_examples
+
     shards = Shards(shard_paths)
     numbers = np.arange(min(len(shards), MAX_PICTURES))
-    return parse_examples(tf.constant(shards.read(numbers)), MAX_BOXES)["encoded"]
-
-
-def plain_decoding(encoded: tf.Tensor, workers: int) -> Callable[[], int]:
-    """A function that decodes all pictures, and nothing else, within tf.data, and returns their number."""
+    encoded = parse_examples(tf.constant(shards.read(numbers)), MAX_BOXES)["encoded"]
     options = tf.data.Options()
     options.threading.private_threadpool_size = workers
     options.autotune.enabled = False
@@ -81,38 +121,43 @@ def plain_decoding(encoded: tf.Tensor, workers: int) -> Callable[[], int]:
     return lambda: int(counted.reduce(np.int64(0), lambda number, _: number + 1))
 
 
-def consume(batches: Iterator[Batch], batch_size: int) -> int:
-    """Takes some batches and returns the number of their images."""
-    return sum(len(batch["image"]) for batch in itertools.islice(batches, 128 // batch_size + 1))
+def training_batches(shard_paths: Sequence[Path], augmentation: Augmentation, batch_size: int, workers: int) -> Measure:
+    """The input pipeline's batches, 128 images or a little more at a time."""
+    from effdet.input_pipeline import train_batches
+
+    batches = iter(
+        train_batches(
+            shard_paths,
+            image_size=IMAGE_SIZE,
+            max_boxes=MAX_BOXES,
+            batch_size=batch_size,
+            rank=0,
+            num_ranks=1,
+            seed=1,
+            start_step=0,
+            augmentation=augmentation,
+            workers=workers,
+        )
+    )
+    return lambda: sum(len(batch["image"]) for batch in itertools.islice(batches, 128 // batch_size + 1))
 
 
-def alternate(measures: dict[str, Callable[[], int]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Images a second of each measure, a value a round; the first round only warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(rounds + 1):
-        for name, measure in measures.items():
-            images, start = 0, time.perf_counter()
-            while time.perf_counter() - start < seconds:
-                images += measure()
-            rates[name].append(images / (time.perf_counter() - start))
-    return {name: values[1:] for name, values in rates.items()}
+def print_table(rates: dict[str, list[float]], memory: dict[str, float], batch_size: int, workers: int) -> None:
+    """Prints medians, ranges, the share of plain decoding and peak memory, with machine and date."""
+    import tensorflow as tf
 
-
-def print_table(rates: dict[str, list[float]], batch_size: int, workers: int) -> None:
-    """Prints medians, ranges and the share, with machine and date."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    first = next(iter(medians.values()))
-    gibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     height, width = IMAGE_SIZE
     machine = hardware()
     print(
         f"{datetime.date.today()}, {machine['cpu']}, {machine['cpus']} cores, TensorFlow {tf.__version__}\n"
-        f"{height}x{width}, batch {batch_size}, {workers} workers, peak memory {gibibytes:.2f} GiB\n\n"
-        "| measure | images/s, median | range | share |\n| --- | --- | --- | --- |"
+        f"{height}x{width}, batch {batch_size}, {workers} workers\n\n"
+        "| measure | images/s, median | range | share | peak GiB |\n| --- | --- | --- | --- | --- |"
     )
     for name, values in rates.items():
         spread = f"{min(values):,.0f}-{max(values):,.0f}"
-        print(f"| {name} | {medians[name]:,.0f} | {spread} | {medians[name] / first:.2f} |")
+        share = medians[name] / medians[PLAIN]
+        print(f"| {name} | {medians[name]:,.0f} | {spread} | {share:.2f} | {memory[name]:.2f} |")
 
 
 if __name__ == "__main__":

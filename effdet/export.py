@@ -2,13 +2,14 @@
 
 B pictures, D places for detections. Every format takes
   pixels  uint8 [B, h, w, 3], RGB, of any size, and gives
-  boxes   float32 [B, D, 4], yxyx, pixels of the picture as it came in
+  boxes   float32 [B, D, 4], yxyx, pixels of the picture as it came in (of a file, as it was turned)
   scores  float32 [B, D], best first
   classes int32 [B, D], 0..K-1
   count   int32 [B], how many places are filled; the others hold 0, 0, -1
 and carries its table of classes (effdet.exported reads it). A SavedModel has besides (its signatures are
 tf.saved_model.load(folder).signatures[NAME])
-  serving_default   images: string [B], the bytes of JPEG or PNG files, of any sizes
+  serving_default   images: string [B], the bytes of JPEG or PNG files, of any sizes; where Classes.apply_exif says so
+                    they are turned as their EXIF orientation says, which a caller that gives pixels does itself
   pixels            pixels: as above
 with two more outputs, category_ids int64 [B, D], as the annotations number the classes, and class_names string [B, D];
 -1 and "" in empty places.
@@ -40,10 +41,11 @@ Outputs = dict[str, tf.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """What the head's K classes are."""
+    """What goes with an export: what the head's K classes are, and how files become the pictures that it knows."""
 
     category_ids: list[int]  # [K], PADDING where a class is not in use
     names: list[str]  # [K], "" there
+    apply_exif: bool = False  # pictures are turned as their EXIF orientation says; else taken as stored
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -135,7 +137,7 @@ def export_saved_model(
         return {**found, "category_ids": tf.gather(categories, rows), "class_names": tf.gather(names, rows)}
 
     def decoded(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        image, content_size, scale = resize(decode(encoded), config.image_size)
+        image, content_size, scale = resize(decode(encoded, classes.apply_exif), config.image_size)
         return tf.image.pad_to_bounding_box(image, 0, 0, *config.image_size), content_size, scale
 
     one = tuple(tf.TensorSpec(spec.shape[1:], spec.dtype) for spec in inputs)

@@ -31,6 +31,7 @@ def export_onnx(
     foreign = sorted({node.op_type for node in _nodes(proto.graph) if node.domain not in ("", "ai.onnx")})
     if foreign:  # the converter leaves what it does not know as it is
         raise EffdetError(f"{path}: operations without a counterpart in ONNX opset {OPSET}: {', '.join(foreign)}")
+    _drop_idle_reshapes(proto)
     _canonize(proto.graph)
     _name_dimensions(proto.graph)
     proto.graph.name = config.name
@@ -43,6 +44,26 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The graph's nodes and those of the graphs inside of them: a loop's body."""
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
     return [*graph.node, *(node for body in inner for node in _nodes(body))]
+
+
+def _drop_idle_reshapes(proto: onnx.ModelProto) -> None:
+    """Takes out reshapes to the shape that is there.
+
+    The converter writes transpositions of levels of 1 x 1 as reshapes, and leaves now more of them, now less.
+    """
+    graph = proto.graph
+    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
+    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in inferred}
+    targets = {tensor.name: onnx.numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer if tensor.dims}
+    outputs = {value.name for value in graph.output}
+    sources: dict[str, str] = {}  # what comes out of an idle reshape -> what goes in
+    for node in [node for node in graph.node if node.op_type == "Reshape" and node.output[0] not in outputs]:
+        batch, *sizes = targets.get(node.input[1], [0])
+        if batch == -1 and min(sizes, default=0) > 0 and shapes.get(node.input[0], [])[1:] == sizes:
+            sources[node.output[0]] = sources.get(node.input[0], node.input[0])
+            graph.node.remove(node)
+    for node in _nodes(graph):
+        node.input[:] = [sources.get(name, name) for name in node.input]
 
 
 def _canonize(graph: onnx.GraphProto, outer: Mapping[str, str] | None = None, scope: str = "") -> None:
@@ -84,6 +105,9 @@ def _canonize(graph: onnx.GraphProto, outer: Mapping[str, str] | None = None, sc
     ordered = sorted(nodes.values(), key=lambda node: (max(depths.get(name, 0) for name in node.output), node.name))
     for value in (*graph.input, *graph.output):
         value.name = names[value.name]
+        if scope:  # the converter numbers what it does not know, through the life of a process
+            for dimension in value.type.tensor_type.shape.dim:
+                dimension.ClearField("dim_param")
     for field, content in ((graph.node, ordered), (graph.initializer, [constants[name] for name in sorted(constants)])):
         copies = [type(message).FromString(message.SerializeToString()) for message in content]
         del field[:]

@@ -29,6 +29,7 @@ class Exported:
 
     category_ids: NDArray[np.int64]  # [K], PADDING where the head's class is not in use
     class_names: list[str]  # [K], "" there
+    apply_exif: bool  # pixels for `run` are to be those of effdet.preprocess.decode with this
     # pixels uint8 [B,h,w,3] -> boxes, scores, class_ids, count, as effdet.postprocess.detect gives them; or
     # class_logits and box_deltas, of an export with raw heads
     run: Run
@@ -95,4 +96,4 @@ def _renamed(outputs: Outputs) -> Outputs:
 
 def _exported(table: str | bytes, run: Run, run_encoded: RunEncoded | None = None) -> Exported:
     classes = Classes.from_json(table)
-    return Exported(np.array(classes.category_ids, np.int64), classes.names, run, run_encoded)
+    return Exported(np.array(classes.category_ids, np.int64), classes.names, classes.apply_exif, run, run_encoded)

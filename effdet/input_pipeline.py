@@ -12,19 +12,22 @@ boxes          float32 [B, M, 4] yxyx, input pixels; 0 where there is no box
 class_ids      int32 [B, M]; PADDING where there is no box
 image_id       int64 [B]; NO_IMAGE where evaluation fills up its last batch
 scale          float32 [B], input pixels -> pixels of the original
-Boxes of crowds are left out: they are no target, and evaluation has its own ground truth.
+Boxes of crowds are left out: they are no target, and evaluation has its own ground truth. Of a sample of several
+pictures image_id and scale are those of the first.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from effdet import augment, preprocess, records, sampling
+from effdet import augment, composites, distortions, preprocess, records, sampling
 from effdet.augment import Augmentation
 from effdet.boxes import PADDING
 from effdet.errors import EffdetError
@@ -33,8 +36,10 @@ NO_IMAGE = -1
 JPEG_START = b"\xff\xd8\xff"
 READERS = 2  # batches read and parsed at a time: one waits for the disk, one works
 READY = 2  # batches waiting for the step
+NO_PICTURE = records.encode_example(b"", NO_IMAGE, 1, 1, [], [], [], [])  # where a sample needs none
+PICTURE_KEYS = ("encoded", "is_jpeg", "orientation", "window", "resized", "flip")
 
-Batch: TypeAlias = dict[str, tf.Tensor]
+Batch: TypeAlias = dict[str, Any]  # of tensors; before an element is made, of some for each of its pictures, too
 
 
 class Shards:
@@ -80,6 +85,7 @@ def train_batches(
     start_step: int,
     augmentation: Augmentation,
     workers: int,
+    entries: NDArray[np.int64] | None = None,
 ) -> tf.data.Dataset:
     """A rank's training batches from `start_step` on, without end (sampling.py says where epochs begin).
 
@@ -90,30 +96,100 @@ def train_batches(
         batch_size: images a step and rank.
         seed: of order and augmentation.
         workers: threads of this rank that read and decode.
+        entries: the number of the record that each entry of an epoch shows (sampling.index_list); None: each record
+            once.
 
     Raises:
-        EffdetError: a shard is damaged, or there is no record.
+        EffdetError: a shard is damaged, there is no record, or an entry has a number that no record has.
     """
     shards = Shards(shard_paths)
-
-    def read(step: np.int64) -> tuple[NDArray[np.object_], NDArray[np.float64]]:
-        positions = sampling.rank_positions(int(step), batch_size, rank, num_ranks)
-        epochs, numbers = sampling.entries(seed, len(shards), positions)
-        return shards.read(numbers), augment.draw(seed, epochs, numbers)
-
-    def load(step: tf.Tensor) -> Batch:
-        serialized, draws = tf.numpy_function(read, [step], [tf.string, tf.float64])
-        example = _parse(tf.ensure_shape(serialized, [batch_size]), max_boxes)
-        draws = tf.ensure_shape(draws, [batch_size, len(augment.DRAWS)])
-        placement = augment.place(draws, example["size"], image_size, augmentation)
-        boxes, class_ids = augment.place_boxes(example["boxes"], example["class_ids"], placement)
-        return {**example, **placement._asdict(), "boxes": boxes, "class_ids": class_ids}
-
-    def decode(example: Batch) -> Batch:
-        return _element(example, _training_image(example))
-
+    numbers = np.arange(len(shards)) if entries is None else entries
+    if not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) < len(shards):
+        raise EffdetError(
+            f"entries: expected numbers of the {len(shards)} records, 0 to {len(shards) - 1}, got {numbers.min()} to "
+            f"{numbers.max()}; make the list from the same shards"
+        )
+    samples = _Samples(shards, numbers, image_size, max_boxes, batch_size, rank, num_ranks, seed, augmentation)
     steps = tf.data.Dataset.counter(start_step)
-    return _batches(steps, load, decode, image_size, batch_size, workers)
+    return _batches(steps, samples.load, samples.decode, image_size, batch_size, workers)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Training samples by step. A sample has a part for each slot of composites.py that some sample needs."""
+
+    shards: Shards
+    numbers: NDArray[np.int64]  # [entries] the record of each
+    image_size: tuple[int, int]
+    max_boxes: int
+    batch_size: int
+    rank: int
+    num_ranks: int
+    seed: int
+    augmentation: Augmentation
+
+    def load(self, step: tf.Tensor) -> Batch:
+        """What makes the samples of a step, all but the work on pixels."""
+        slots = composites.slots(self.augmentation)
+        types = [tf.string, tf.float64] * len(slots) + [tf.bool, tf.float64, tf.float64]
+        *of_slots, mixed, centre, draws = tf.numpy_function(self._read, [step], types)
+        num_draws = distortions.num_draws(self.augmentation)
+        centre = tf.ensure_shape(centre, [self.batch_size, 2])
+        mixed = tf.ensure_shape(mixed, [self.batch_size])
+        parts = {
+            slot: self._part(slot, serialized, placing, centre)
+            for slot, serialized, placing in zip(slots, of_slots[::2], of_slots[1::2], strict=True)
+        }
+        joined = parts[composites.OWN]
+        if len(parts) > 1:
+            joined = composites.join(parts, centre, mixed, self.image_size, self.max_boxes)
+        return {
+            **{key: joined[key] for key in ("content_size", "boxes", "class_ids", "image_id", "scale")},
+            "parts": tuple({key: part[key] for key in PICTURE_KEYS} for part in parts.values()),
+            **({"centre": centre, "mixed": mixed} if len(parts) > 1 else {}),
+            # tf.data's unbatch of tensors without elements is a segmentation fault (TensorFlow 2.21)
+            **({"draws": tf.ensure_shape(draws, [self.batch_size, num_draws])} if num_draws else {}),
+        }
+
+    def decode(self, example: Batch) -> Batch:
+        """The element that `load` prepared."""
+        pictures = [functools.partial(_placed_picture, part) for part in example["parts"]]
+        if len(pictures) > 1:
+            how = example["centre"], example["mixed"], self.augmentation, self.image_size
+            image = composites.compose(pictures, *how)
+        else:
+            image = pictures[0]()
+        if distortions.num_draws(self.augmentation):
+            image, boxes, class_ids = distortions.distort(
+                image, example["boxes"], example["class_ids"], example["draws"], self.augmentation
+            )
+            example = {**example, "boxes": boxes, "class_ids": class_ids}
+        return _element(example, image)
+
+    def _read(self, step: np.int64) -> list[NDArray[Any]]:
+        """For each slot the records and the random numbers of their places; then which samples are mixed, where
+        mosaics' quarters meet, and the random numbers of the distortions."""
+        positions = sampling.rank_positions(int(step), self.batch_size, self.rank, self.num_ranks)
+        epochs, own = sampling.entries(self.seed, len(self.numbers), positions)
+        chosen, centre = composites.choose(self.seed, positions, len(self.numbers), self.augmentation)
+        used = chosen != composites.EMPTY
+        serialized = np.empty(chosen.shape, object)
+        serialized.fill(NO_PICTURE)  # np.full would cut off the zeros at its end
+        serialized[used] = self.shards.read(self.numbers[chosen[used]])
+        draws = (augment.draw(self.seed, epochs, own, slot) for slot in composites.slots(self.augmentation))
+        of_slots = itertools.chain.from_iterable(zip(serialized, draws, strict=True))
+        return [*of_slots, used[-1], centre, distortions.draw(self.seed, epochs, own, self.augmentation)]
+
+    def _part(self, slot: int, serialized: tf.Tensor, draws: tf.Tensor, centre: tf.Tensor) -> Batch:
+        """The pictures of a slot and their boxes, placed where the input is theirs."""
+        example = _parse(tf.ensure_shape(serialized, [self.batch_size]), self.max_boxes)
+        draws = tf.ensure_shape(draws, [self.batch_size, len(augment.DRAWS)])
+        goal = composites.quarter(slot, centre, self.image_size) if self.augmentation.mosaic else self.image_size
+        placement = augment.place(draws, example["size"], goal, self.augmentation)
+        boxes, class_ids = augment.place_boxes(example["boxes"], example["class_ids"], placement)
+        window, resized = _as_stored(placement, example["size"], example["orientation"])
+        placed = {**placement._asdict(), "window": window, "resized": resized}
+        return {**example, **placed, "boxes": boxes, "class_ids": class_ids}
 
 
 def evaluation_batches(
@@ -146,7 +222,7 @@ def evaluation_batches(
         return {**example, "image_id": image_id, "class_ids": class_ids}
 
     def decode(example: Batch) -> Batch:
-        picture = tf.image.decode_image(example["encoded"], channels=3, expand_animations=False)
+        picture = preprocess.upright(preprocess.decode(example["encoded"]), example["orientation"])
         image, content_size, scale = preprocess.resize(picture, image_size)
         placed = {"content_size": content_size, "boxes": example["boxes"] / scale, "scale": scale}
         return _element({**example, **placed}, image)
@@ -162,24 +238,43 @@ def _parse(serialized: tf.Tensor, max_boxes: int) -> Batch:
         "encoded": example["encoded"],
         "is_jpeg": tf.strings.substr(example["encoded"], 0, len(JPEG_START)) == JPEG_START,
         "image_id": example["image_id"],
+        "orientation": example["orientation"],
         "size": tf.stack([example["height"], example["width"]], axis=1),
         "boxes": example["boxes"],
         "class_ids": tf.where(example["is_crowd"], PADDING, example["class_ids"]),
     }
 
 
-def _training_image(example: Batch) -> tf.Tensor:
-    """The window of a record's picture, resized and mirrored as placed: uint8 [h, w, 3]."""
-    encoded, window = example["encoded"], example["window"]
+def _as_stored(placement: augment.Placement, sizes: tf.Tensor, orientations: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Windows [n, 4] and the sizes [n, 2] they are resized to, of pictures of these sizes, before these are turned.
+
+    The placement's are those of upright pictures; EXIF's orientations from 5 on have rows that are stored as columns.
+    """
+    size = tf.cast(sizes, tf.int32)
+    corner, kept = placement.window[:, :2], placement.window[:, 2:]
+    reversed_axes = [
+        tf.reduce_any(orientations[:, None] == numbers, axis=1) for numbers in ([3, 4, 7, 8], [2, 3, 6, 7])
+    ]
+    corner = tf.where(tf.stack(reversed_axes, axis=1), size - corner - kept, corner)
+    lying = (orientations >= 5)[:, None]
+    corner, kept, resized = (
+        tf.where(lying, upright[:, ::-1], upright) for upright in (corner, kept, placement.content_size)
+    )
+    return tf.concat([corner, kept], axis=1), resized
+
+
+def _placed_picture(part: Batch) -> tf.Tensor:
+    """The window of a record's picture, resized, turned and mirrored as placed: uint8 [h, w, 3]."""
+    encoded, window = part["encoded"], part["window"]
     pixels = tf.cond(
-        example["is_jpeg"],
+        part["is_jpeg"],
         # the exact DCT costs no more than the fast one and keeps edges
         lambda: tf.image.decode_and_crop_jpeg(encoded, window, 3, dct_method="INTEGER_ACCURATE"),
         lambda: _cut(tf.image.decode_image(encoded, channels=3, expand_animations=False), window),
     )
-    resized = tf.raw_ops.ResizeBilinear(images=pixels[None], size=example["content_size"], half_pixel_centers=True)[0]
-    image = tf.cast(resized + 0.5, tf.uint8)  # rounds: the cast cuts off
-    return tf.cond(example["flip"], lambda: tf.reverse(image, [1]), lambda: image)
+    resized = tf.raw_ops.ResizeBilinear(images=pixels[None], size=part["resized"], half_pixel_centers=True)[0]
+    image = preprocess.upright(tf.cast(resized + 0.5, tf.uint8), part["orientation"])  # rounds: the cast cuts off
+    return tf.cond(part["flip"], lambda: tf.reverse(image, [1]), lambda: image)
 
 
 def _cut(pixels: tf.Tensor, window: tf.Tensor) -> tf.Tensor:

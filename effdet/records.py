@@ -28,6 +28,7 @@ ENCODED = "image/encoded"  # bytes: JPEG or PNG as it came
 IMAGE_ID = "image/id"  # int64
 HEIGHT = "image/height"  # int64, pixels
 WIDTH = "image/width"  # int64, pixels
+ORIENTATION = "image/orientation"  # int64, 2..8: to be turned so when decoded; not there: as stored
 BOXES = "objects/boxes"  # float32 [N * 4], yxyx, pixels of the picture
 CLASS_IDS = "objects/class_ids"  # int64 [N], 0..K-1
 IS_CROWD = "objects/is_crowd"  # int64 [N], 0 or 1
@@ -55,19 +56,22 @@ def encode_example(
     class_ids: ArrayLike,
     is_crowd: ArrayLike,
     area: ArrayLike,
+    orientation: int = 1,
 ) -> bytes:
     """One image as a serialized tf.Example.
 
     Args:
         encoded: the bytes of a JPEG or PNG file.
         image_id: the id in the annotations.
-        height, width: pixels.
-        boxes: float [N, 4] yxyx in pixels of the picture; N may be 0.
+        height, width: pixels, of the picture as `orientation` turns it.
+        boxes: float [N, 4] yxyx in pixels of that picture; N may be 0.
         class_ids, is_crowd: integer [N].
         area: float [N], square pixels.
+        orientation: EXIF's, 1..8, by which the picture is to be turned when decoded; 1 where boxes are those of the
+            picture as stored, whatever its EXIF says.
 
     Raises:
-        EffdetError: the arrays do not describe the same number of objects.
+        EffdetError: the arrays do not describe the same number of objects, or there is no such orientation.
     """
     corners = np.asarray(boxes, np.float32).reshape(-1, 4)
     ids, crowds, areas = (np.asarray(a).ravel() for a in (class_ids, is_crowd, area))
@@ -76,6 +80,8 @@ def encode_example(
             f"image {image_id}: got {len(corners)} boxes, {len(ids)} class ids, {len(crowds)} crowd marks"
             f" and {len(areas)} areas; one of each an object is needed"
         )
+    if not 1 <= orientation <= 8:
+        raise EffdetError(f"image {image_id}: expected an EXIF orientation of 1 to 8, got {orientation}")
     features = {
         IMAGE_ID: _integers([image_id]),
         HEIGHT: _integers([height]),
@@ -85,6 +91,8 @@ def encode_example(
         IS_CROWD: _integers(crowds.tolist()),
         AREA: _floats(areas),
     }
+    if orientation != 1:
+        features[ORIENTATION] = _integers([orientation])
     entries = b"".join(_field(FEATURE, _key(name) + _field(VALUE, feature)) for name, feature in features.items())
     # The picture stands last, so that it is copied once, behind the openings of all fields that end with it.
     key = _key(ENCODED)
@@ -98,7 +106,8 @@ def parse_examples(serialized: tf.Tensor, max_boxes: int) -> dict[str, tf.Tensor
     """Serialized records [n] as arrays padded to `max_boxes`, M, objects; objects beyond it are left out.
 
     Returns:
-        encoded string [n]; image_id int64 [n]; height, width int32 [n], pixels;
+        encoded string [n]; image_id int64 [n]; height, width int32 [n], pixels; orientation int32 [n], 1 where
+        the picture is to be taken as stored;
         boxes float32 [n, M, 4] yxyx in pixels of the picture; class_ids int32 [n, M], PADDING where there is no
         object; is_crowd bool [n, M]; area float32 [n, M]. All but class_ids are 0 where there is no object.
     """
@@ -111,6 +120,7 @@ def parse_examples(serialized: tf.Tensor, max_boxes: int) -> dict[str, tf.Tensor
             IMAGE_ID: tf.io.FixedLenFeature([], tf.int64),
             HEIGHT: tf.io.FixedLenFeature([], tf.int64),
             WIDTH: tf.io.FixedLenFeature([], tf.int64),
+            ORIENTATION: tf.io.FixedLenFeature([], tf.int64, 1),
             BOXES: tf.io.RaggedFeature(tf.float32),
             CLASS_IDS: tf.io.RaggedFeature(tf.int64),
             IS_CROWD: tf.io.RaggedFeature(tf.int64),
@@ -123,6 +133,7 @@ def parse_examples(serialized: tf.Tensor, max_boxes: int) -> dict[str, tf.Tensor
         "image_id": parsed[IMAGE_ID],
         "height": tf.cast(parsed[HEIGHT], tf.int32),
         "width": tf.cast(parsed[WIDTH], tf.int32),
+        "orientation": tf.cast(parsed[ORIENTATION], tf.int32),
         "boxes": tf.reshape(parsed[BOXES].to_tensor(0, shape=[None, max_boxes * 4]), [-1, max_boxes, 4]),
         "class_ids": tf.cast(parsed[CLASS_IDS].to_tensor(PADDING, shape=per_object), tf.int32),
         "is_crowd": tf.cast(parsed[IS_CROWD].to_tensor(0, shape=per_object), tf.bool),

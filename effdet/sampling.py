@@ -1,15 +1,22 @@
 """Which record stands where in training: an endless stream of entries, epoch after epoch, in index space.
 
-An epoch is an order of all records, the same for the same (seed, epoch). Global batch t of the stream holds entries
+An epoch is an order of all entries, the same for the same (seed, epoch). Global batch t of the stream holds entries
 t * G to (t + 1) * G, and rank r takes the r-th part of it: so ranks are disjoint, have equal steps, see the same global
 batches whatever their number, and any step can be started at without a look at what came before.
 
-Epoch e begins with step floor(e * n / G) of n records in global batches of G: what is left of an epoch, less than one
+Epoch e begins with step floor(e * n / G) of n entries in global batches of G: what is left of an epoch, less than one
 global batch, opens the first batch of the next one. Epochs may differ by one step; with G > n some have none.
+
+An epoch has an entry for each record, and more for records of rare classes where a run repeats those (the repeat factor
+of LVIS, arXiv:1908.03195): `index_list` says which record an entry shows, the same in all epochs.
 """
 
 import enum
 import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +39,12 @@ class Chance(enum.IntEnum):
     SCALE = 3
     CROP_Y = 4
     CROP_X = 5
+    COLOUR = 6  # from here on with a number behind the record: which one of several
+    RAND_AUGMENT = 7
+    GRID_MASK = 8
+    MOSAIC = 9
+    MIXUP = 10
+    REPEAT = 11
 
 
 def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:
@@ -81,6 +94,47 @@ def entries(seed: int, num_records: int, positions: NDArray[np.int64]) -> tuple[
         chosen = epochs == epoch
         records[chosen] = epoch_order(seed, int(epoch), num_records)[places[chosen]]
     return epochs, records
+
+
+def partners(
+    seed: int, num_records: int, positions: NDArray[np.int64], chance: Chance, number: int
+) -> NDArray[np.int64]:
+    """An entry to be joined with that of each position: int64, shaped as `positions`; it may be the same one.
+
+    Drawn from WINDOW neighbours of the epoch's order, so that reads stay within the few runs that are read anyway, by
+    the hash of (seed, epoch, record) and of `number`, for those that are joined with several.
+    """
+    epochs, records = entries(seed, num_records, positions)
+    places = positions - epochs * num_records
+    starts = np.minimum(places // WINDOW * WINDOW, max(num_records - WINDOW, 0))  # the last window is whole, too
+    drawn = uniform(seed, epochs, chance, records, number) * min(WINDOW, num_records)
+    return entries(seed, num_records, epochs * num_records + starts + drawn.astype(np.int64))[1]
+
+
+def repeat_factors(classes: Sequence[Sequence[int]], threshold: float) -> NDArray[np.float64]:
+    """How often an epoch shows each record, on average: float64 [n], 1 or more.
+
+    A class that stands in the share f of the records asks for max(1, sqrt(threshold / f)); a record is shown as often
+    as the rarest of its classes asks for.
+
+    Args:
+        classes: of each record, each class once.
+        threshold: the share of records below which a class is rare.
+    """
+    records_of = Counter(itertools.chain.from_iterable(classes))
+    factors = {class_: max(1.0, math.sqrt(threshold * len(classes) / count)) for class_, count in records_of.items()}
+    return np.array([max((factors[class_] for class_ in row), default=1.0) for row in classes], np.float64)
+
+
+def index_list(seed: int, factors: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The record of each entry of an epoch, in the records' order: int64 [m].
+
+    A record stands there floor(factor) times, and once more by the chance that is left, drawn once for all epochs, so
+    that these are of one length. All copies of a record are neighbours, read together and augmented each in its way.
+    """
+    whole = np.floor(factors)
+    more = uniform(seed, 0, Chance.REPEAT, np.arange(len(factors)), 0) < factors - whole
+    return np.repeat(np.arange(len(factors), dtype=np.int64), whole.astype(np.int64) + more)
 
 
 def rank_positions(step: int, batch_size: int, rank: int, num_ranks: int) -> NDArray[np.int64]:

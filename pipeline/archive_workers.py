@@ -1,5 +1,8 @@
 """Work on the images of an archive in several processes, each with the archive open for itself."""
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +27,8 @@ def over_archive(
 ) -> Iterator[Result]:
     """Yields `work(archive, task)` of each task, in their order, worked on by `workers` processes.
 
-    `work`, tasks and results travel between processes, so they must pickle. The first error ends the work.
+    `work`, tasks and results travel between processes, so they must pickle. The first error ends the work, and so does
+    this process's end, however it comes.
     """
     with ProcessPoolExecutor(min(workers, len(tasks)) or 1, initializer=_open, initargs=(archive,)) as pool:
         try:
@@ -39,6 +43,15 @@ def over_archive(
 def _open(archive: Path) -> None:
     global _archive
     _archive = ImageArchive(archive)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone, kill -9 included: it would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(work: Callable[[ImageArchive, Task], Result], task: Task) -> Result:

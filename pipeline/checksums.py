@@ -14,7 +14,7 @@ from pipeline import params, transfer
 from pipeline.download import source_files
 from pipeline.errors import PipelineError, run
 from pipeline.files import written_whole
-from pipeline.params import Coco2017Data, CocoFormatData, SyntheticData
+from pipeline.params import Coco2017Data, CocoFormatData, SyntheticData, TfrecordsData
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def write_init(path: Path, checksum: str) -> None:
         part.write_text(text)
 
 
-def compute(data: Coco2017Data | CocoFormatData) -> dict[str, str]:
+def compute(data: Coco2017Data | CocoFormatData | TfrecordsData) -> dict[str, str]:
     """File name -> checksum of every file of the source, as data.base_url has them now; no mirror is asked."""
     algorithm = "md5" if isinstance(data, Coco2017Data) else "sha256"  # COCO's own are MD5
     return {file.name: transfer.checksum([data.base_url], file, algorithm) for file in source_files(data)}

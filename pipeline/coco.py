@@ -4,26 +4,32 @@ Format: https://cocodataset.org/#format-data, object detection. Segmentation pol
 that all of COCO's annotations stay small in memory.
 """
 
+import functools
+import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Annotated, Any
 
 import msgspec
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
+from pipeline import zip_safety
 from pipeline.errors import PipelineError
+from pipeline.files import CHUNK
 
 COCO2017_CLASSES = 90  # category ids 1..90, ten of them unused; published heads are laid out so
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+BEFORE, BEHIND = 200, 40  # bytes around a fault that are shown, at most
 
 
 class AnnotationError(PipelineError):
@@ -101,7 +107,7 @@ def parse_annotations(content: bytes, where: str) -> CocoTables:
     except msgspec.ValidationError as error:
         raise AnnotationError(f"{where}: {_fault(str(error), content)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{where}: not JSON: {error}") from None
+        raise AnnotationError(f"{where}: not JSON: {error}{_around(str(error), content)}") from None
     if not parsed.categories:
         raise AnnotationError(f"{where}: categories: empty; at least one category is needed")
     for table in ("images", "annotations", "categories"):
@@ -165,8 +171,23 @@ def _fault(message: str, content: bytes) -> str:
 
 def _id_of(content: bytes, table: str, index: int) -> str:
     records = msgspec.json.decode(content, type=dict[str, msgspec.Raw])[table]
-    record = msgspec.json.decode(msgspec.json.decode(records, type=list[msgspec.Raw])[index])
-    return f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+    record = msgspec.json.decode(records, type=list[msgspec.Raw])[index]
+    try:
+        found = msgspec.json.decode(record, type=dict[str, msgspec.Raw])
+        return f" (id {msgspec.json.decode(found['id'])!r})" if "id" in found else ""
+    except msgspec.ValidationError:  # no object, or an id that is out of range
+        return ""
+
+
+def _around(message: str, content: bytes) -> str:
+    """The text around the byte that msgspec names, from its record's beginning. Python writes NaN, which is no JSON."""
+    place = re.search(r"\(byte (\d+)\)", message)
+    if place is None:
+        return ""
+    byte = int(place[1])
+    start = max(0, byte - BEFORE, content.rfind(b"{", 0, byte))
+    text = content[start : byte + BEHIND].decode("utf-8", "replace")
+    return f", in {text!r}" + "; numbers must be finite" * content.startswith((b"NaN", b"Infinity"), byte)
 
 
 def without(tables: CocoTables, excluded: Mapping[str, list[int]]) -> CocoTables:
@@ -183,27 +204,31 @@ def without(tables: CocoTables, excluded: Mapping[str, list[int]]) -> CocoTables
 # Classes -------------------------------------------------------------------------------------------------------------
 
 
-def class_table(categories: pd.DataFrame, source: str) -> list[dict[str, Any]]:
-    """[{class_id, category_id, name}] by class_id. COCO 2017 keeps its gaps, other sources are dense by category id."""
+def class_table(categories: pd.DataFrame, head: int | None) -> list[dict[str, Any]]:
+    """[{class_id, category_id, name}] by class_id.
+
+    In a head that is given category ids are 1 to `head`, gaps allowed, and a class is one less; without one, classes
+    are dense by category id.
+    """
     ordered = categories.sort_values("id")
     pairs = [(int(number), str(name)) for number, name in zip(ordered["id"], ordered["name"], strict=True)]
-    if source != "coco2017":
+    if head is None:
         return [
             {"class_id": class_id, "category_id": category_id, "name": name}
             for class_id, (category_id, name) in enumerate(pairs)
         ]
     for category_id, name in pairs:
-        if not 1 <= category_id <= COCO2017_CLASSES:
+        if not 1 <= category_id <= head:
             raise AnnotationError(
-                f"categories: id {category_id} ({name}): COCO 2017 has ids 1 to {COCO2017_CLASSES}; "
-                "for other data set data.source: coco_format in params.yaml"
+                f"categories: id {category_id} ({name}): this data.source in params.yaml has ids 1 to {head}; "
+                "for a data set of your own set data.source: coco_format"
             )
     return [{"class_id": category_id - 1, "category_id": category_id, "name": name} for category_id, name in pairs]
 
 
-def num_classes(categories: pd.DataFrame, source: str) -> int:
-    """K, the width of the model's class head."""
-    return COCO2017_CLASSES if source == "coco2017" else len(categories)
+def num_classes(categories: pd.DataFrame, head: int | None) -> int:
+    """K, the width of the model's class head: the one given, or as many as there are categories."""
+    return len(categories) if head is None else head
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -217,7 +242,7 @@ class ImageArchive:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens the zip and reads its directory. ArchiveError where it is missing, damaged or unsafe."""
+        """Opens the zip and reads its directory. ArchiveError where it is missing, damaged or unsafe (zip_safety)."""
         self.path = path
         try:
             self._zip = zipfile.ZipFile(path)
@@ -225,16 +250,16 @@ class ImageArchive:
             raise ArchiveError(f"{path}: image archive not found; run `dvc repro`") from None
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise ArchiveError(f"{path}: not a zip archive: {error}") from None
+        if fault := zip_safety.fault(self._zip.infolist(), path.stat().st_size):
+            self.close()
+            raise ArchiveError(f"{path}: {fault}; refused")
         members = [member for member in self._zip.infolist() if not _is_by_product(member)]
         self._members = {member.filename: member for member in members}
-        for name in self._members:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ArchiveError(f"{path}: member {name!r} leads out of the archive; refused")
         if len(self._members) < len(members):
             names = pd.Series([member.filename for member in members])
             repeated = names[names.duplicated()].iloc[0]
             raise ArchiveError(f"{path}: member {repeated!r} is there more than once; refused")
-        tops = {PurePosixPath(name).parts[0] for name in self._members}
+        tops = {name.partition("/")[0] for name in self._members}
         self._top = f"{tops.pop()}/" if len(tops) == 1 else ""
 
     @property
@@ -250,12 +275,16 @@ class ImageArchive:
         raise ArchiveError(f"{self.path}: {file_name!r} is not in the archive{self._nearest(file_name)}")
 
     def read(self, file_name: str) -> bytes:
-        """The image file's bytes, checked against the CRC-32 in the archive."""
+        """The image file's bytes, as many as the directory says, checked against the CRC-32 there."""
         member = self.member(file_name)
-        try:
-            return self._zip.read(member)
-        except DAMAGED as error:
-            raise ArchiveError(f"{self.path}: {member.filename}: cannot be read: {error}") from None
+        content = self._stored(member) if member.compress_type == zipfile.ZIP_STORED else None
+        return b"".join(self._chunks(member, max(member.file_size, 1))) if content is None else content
+
+    def check(self) -> None:
+        """Reads every file once, a chunk at a time, for its CRC-32. ArchiveError names the first that is damaged."""
+        for member in tqdm(self._members.values(), desc=f"check {self.path.name}", unit=" files", disable=None):
+            for _ in self._chunks(member, CHUNK):
+                pass
 
     def open(self, file_name: str) -> IO[bytes]:
         """The image file as a stream, for its header; only a stream read to its end checks the CRC-32."""
@@ -269,9 +298,44 @@ class ImageArchive:
         """Closes the file."""
         self._zip.close()
 
+    def _stored(self, member: zipfile.ZipInfo) -> bytes | None:
+        """The bytes of a member that is not compressed, from their place: half of what zipfile's stream costs.
+
+        None where they are not what the directory says. The stream tells what is wrong then.
+        """
+        file = self._zip.fp
+        try:
+            header = os.pread(file.fileno(), zip_safety.LOCAL_HEADER, member.header_offset) if file else b""
+            if file is None or len(header) < zip_safety.LOCAL_HEADER:
+                return None
+            name_length, extra_length = struct.unpack("<HH", header[-4:])  # its last fields
+            place = member.header_offset + zip_safety.LOCAL_HEADER + name_length + extra_length
+            content = os.pread(file.fileno(), member.file_size, place)
+        except OSError:
+            return None
+        return content if len(content) == member.file_size and zlib.crc32(content) == member.CRC else None
+
+    def _chunks(self, member: zipfile.ZipInfo, length: int) -> Iterator[bytes]:
+        size = 0
+        try:
+            with self._zip.open(member) as stream:
+                # Given a length zipfile unpacks no more; without one, all that is there before it cuts it.
+                while chunk := stream.read(length):
+                    size += len(chunk)
+                    yield chunk
+        except DAMAGED as error:
+            raise ArchiveError(f"{self.path}: {member.filename}: cannot be read: {error}") from None
+        if size < member.file_size:
+            raise ArchiveError(
+                f"{self.path}: {member.filename}: has {size:,} bytes; the archive says {member.file_size:,}"
+            )
+
+    @functools.cached_property
+    def _by_last_part(self) -> dict[str, str]:
+        return {name.rpartition("/")[2]: name for name in reversed(self._members)}  # the first of several stays
+
     def _nearest(self, file_name: str) -> str:
-        base = PurePosixPath(file_name).name
-        found = next((name for name in self._members if PurePosixPath(name).name == base), None)
+        found = self._by_last_part.get(file_name.rpartition("/")[2])
         return f"; there is {found!r}, and a file_name must be the whole path in the archive" if found else ""
 
     def __enter__(self) -> "ImageArchive":
@@ -288,7 +352,7 @@ class ImageArchive:
 
 def _is_by_product(member: zipfile.ZipInfo) -> bool:
     """Folders' own entries, and what macOS adds to an archive."""
-    return member.is_dir() or member.filename.startswith("__MACOSX/")
+    return member.filename.endswith("/") or member.filename.startswith("__MACOSX/")  # is_dir() fails on an empty name
 
 
 def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

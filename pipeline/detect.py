@@ -8,7 +8,8 @@ FOLDER, which is to be new or empty, then holds
   images.json       {id, file_name, width, height, source}, one a line; id is the place of the image among the inputs,
                     or of the frame in the video, from 1
 What scores less than --min-score stands in none of them. An image that cannot be read is named and left out, and the
-command ends with exit 1. EXIF turns are not applied, as no stage applies them.
+command ends with exit 1. An image is turned as its EXIF orientation says if the model was trained so (data.apply_exif;
+--apply-exif for published weights), and taken as stored if not; boxes, width, height and what is drawn are of that.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeAlias
 
@@ -190,7 +192,7 @@ def detect_images(
     num_read = 0
     numbered = list(enumerate(sources, start=1))
     with ThreadPoolExecutor(local.load().loader_workers) as pool, _bar(len(sources), " images") as bar:
-        for loaded in in_batches(_load, numbered, batch_size):
+        for loaded in in_batches(partial(_load, pen.detector.apply_exif), numbered, batch_size):
             for _, _, got in loaded:
                 if isinstance(got, PipelineError):
                     tqdm.write(f"left out: {got}", file=sys.stderr)
@@ -210,10 +212,10 @@ def detect_images(
     return num_read
 
 
-def _load(numbered: tuple[int, Source]) -> tuple[int, Source, Picture | PipelineError]:
+def _load(apply_exif: bool, numbered: tuple[int, Source]) -> tuple[int, Source, Picture | PipelineError]:
     number, source = numbered
     try:
-        return number, source, decode_picture(source.path.read_bytes(), str(source.path))
+        return number, source, decode_picture(source.path.read_bytes(), str(source.path), apply_exif)
     except OSError as error:
         return number, source, PipelineError(f"{source.path}: {error.strerror}")
     except PipelineError as error:

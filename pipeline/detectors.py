@@ -44,6 +44,7 @@ class Detector:
     classes: list[Class]
     detect: Callable[[Sequence[Picture]], list[Found]]  # pictures of any sizes, as many as memory holds
     stored: StoredModel | None  # None: an export, which chooses detections by settings of its own
+    apply_exif: bool  # pictures are to be decoded with this, as those that it was trained on
 
 
 def open_detector(
@@ -54,20 +55,22 @@ def open_detector(
     classes: Path | None = None,
     ema: bool = True,
     batch_size: int = BATCH,
+    apply_exif: bool = False,
 ) -> Detector:
     """The model at `source`: a bundle, a training checkpoint, published weights, a SavedModel, .onnx or .tflite.
 
-    `name`, `image_size` (height, width), `classes` and `ema` as for pipeline.model_source.open_model. `nms` is for
-    models that are not exported. PipelineError or EffdetError where there is no such model.
+    `name`, `image_size` (height, width), `classes`, `ema` and `apply_exif` as for pipeline.model_source.open_model.
+    `nms` is for models that are not exported. PipelineError or EffdetError where there is no such model.
     """
     path = Path(source)
     if not is_exported(path):
-        stored = open_model(source, name, image_size, classes, ema)
-        return Detector(stored.config.name, stored.classes, keras_detection(stored, nms, batch_size), stored)
-    if (name, image_size, classes, ema) != (None, None, None, True):
+        stored = open_model(source, name, image_size, classes, ema, apply_exif=apply_exif)
+        detect = keras_detection(stored, nms, batch_size)
+        return Detector(stored.config.name, stored.classes, detect, stored, stored.apply_exif)
+    if (name, image_size, classes, ema, apply_exif) != (None, None, None, True, False):
         raise PipelineError(
-            f"{path}: an exported model brings its name, size, classes and weights; leave out --model, --image-size, "
-            "--classes and --no-ema"
+            f"{path}: an exported model brings its name, size, classes and weights, and knows of EXIF; leave out "
+            "--model, --image-size, --classes, --no-ema and --apply-exif"
         )
     exported = open_exported(path)
     rows = zip(exported.category_ids.tolist(), exported.class_names, strict=True)
@@ -76,7 +79,8 @@ def open_detector(
         for class_id, (category_id, class_name) in enumerate(rows)
         if category_id != PADDING
     ]
-    return Detector(path.resolve().stem, table, export_detection(exported.run, batch_size, source), None)
+    detect = export_detection(exported.run, batch_size, source)
+    return Detector(path.resolve().stem, table, detect, None, exported.apply_exif)
 
 
 def keras_detection(
@@ -142,14 +146,15 @@ def export_detection(run: Run, batch_size: int, where: str) -> Callable[[Sequenc
     return detect
 
 
-def decode_picture(encoded: bytes, where: str) -> Picture:
-    """An image file's pixels, decoded as evaluation does: grey, CMYK and transparent pictures as RGB; no EXIF turn.
+def decode_picture(encoded: bytes, where: str, apply_exif: bool = False) -> Picture:
+    """An image file's pixels, decoded as evaluation does: grey, CMYK and transparent pictures as RGB.
 
-    Of an animation the first picture. PipelineError, naming `where`, for what TensorFlow cannot decode.
+    Of an animation the first picture; `apply_exif` as for effdet.preprocess.decode. PipelineError, naming `where`, for
+    what TensorFlow cannot decode.
     """
     try:
         with tf.device("/CPU:0"):
-            picture: Picture = decode(encoded).numpy()
+            picture: Picture = decode(encoded, apply_exif).numpy()
     except (tf.errors.InvalidArgumentError, tf.errors.ResourceExhaustedError) as error:
         reason = re.sub(r"^{{.*?}} | \[Op:\w*\].*$", "", str(error.message), flags=re.DOTALL)
         raise PipelineError(f"{where}: cannot be decoded: {reason}") from None
@@ -189,6 +194,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     published.add_argument("--image-size", type=_count, nargs=2, metavar=("H", "W"), help="input, if not the standard")
     published.add_argument("--classes", type=Path, metavar="FILE", help="class table, where it is not COCO's")
     published.add_argument("--no-ema", action="store_true", help="the raw weights, not the averaged")
+    published.add_argument(
+        "--apply-exif", action="store_true", help="turn pictures as their EXIF orientation says; else as stored"
+    )
 
 
 def open_from(arguments: argparse.Namespace, nms: PostprocessConfig, batch_size: int) -> Detector:
@@ -196,7 +204,14 @@ def open_from(arguments: argparse.Namespace, nms: PostprocessConfig, batch_size:
     prepare_device()
     size = tuple(arguments.image_size) if arguments.image_size else None
     return open_detector(
-        arguments.source, nms, arguments.model, size, arguments.classes, not arguments.no_ema, batch_size
+        arguments.source,
+        nms,
+        arguments.model,
+        size,
+        arguments.classes,
+        not arguments.no_ema,
+        batch_size,
+        arguments.apply_exif,
     )
 
 

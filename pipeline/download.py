@@ -2,24 +2,27 @@
 
 data/raw/{split}.zip are the image archives, byte for byte, data/raw/source/ the annotations as they came, and
 data/raw/instances_{split}.json what the other stages read: the same, or its first `data.max_images` images.
+TFRecords stay in data/raw/source/ too, and {split}.zip and instances_{split}.json are made from them.
+Of files whose checksum is null in params.yaml, data/raw/source/checksums.json says what came.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from pipeline import local, params, params_check, synthetic, transfer
+from pipeline import local, params, params_check, published_records, synthetic, transfer
 from pipeline.coco import CocoTables, ImageArchive, parse_annotations
 from pipeline.errors import PipelineError, run
-from pipeline.files import written_whole
-from pipeline.params import Coco2017Data, CocoFormatData, SyntheticData
+from pipeline.files import read_json, write_json, written_whole
+from pipeline.params import Coco2017Data, CocoFormatData, Data, SyntheticData, TfrecordsData
 from pipeline.raw_data import RAW
 from pipeline.transfer import SourceFile
 
 COCO2017_ANNOTATIONS = "annotations_trainval2017.zip"
+FOUND = "source/checksums.json"  # below data/raw: {"base_url", "checksums": {file name: of what came}}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def main() -> None:
     download(settings.data, local.load().mirrors, RAW)
 
 
-def download(data: SyntheticData | Coco2017Data | CocoFormatData, mirrors: Sequence[str], raw: Path) -> None:
+def download(data: Data, mirrors: Sequence[str], raw: Path) -> None:
     """Brings `raw` to what `data` says. What is there and right stays, what does not belong there goes."""
     kept: set[Path] = set()
     if isinstance(data, SyntheticData):
@@ -47,19 +50,38 @@ def download(data: SyntheticData | Coco2017Data | CocoFormatData, mirrors: Seque
             with written_whole(archive) as zip_part, written_whole(annotations) as json_part:
                 synthetic.write_split(split, count, data.seed, zip_part, json_part)
             kept |= {archive, annotations, _accept(split, annotations, None, data.max_images, raw)}
+    elif isinstance(data, TfrecordsData):
+        check_checksums(data)
+        kept |= _from_records(data, mirrors, raw)
     else:
         check_checksums(data)
-        bases = [*mirrors, data.base_url]
         for part in splits(data):  # all annotations first: they are small, and tell what is wrong with them early
             annotations = raw / "source" / (part.annotations.name if part.member else f"instances_{part.name}.json")
-            _obtain(bases, part.annotations, annotations, data.checksums)
+            _obtain(data, mirrors, part.annotations, annotations, raw)
             kept |= {annotations, _accept(part.name, annotations, part.member, data.max_images, raw)}
         for part in splits(data):
             archive = raw / f"{part.name}.zip"
-            _obtain(bases, part.images, archive, data.checksums)
+            _obtain(data, mirrors, part.images, archive, raw)
             ImageArchive(archive).close()  # an archive at all, and safe; what is in it, validate looks at
             kept.add(archive)
+    if not isinstance(data, SyntheticData) and None in data.checksums.values():
+        kept.add(raw / FOUND)
     _remove_others(raw, kept)
+
+
+def _from_records(data: TfrecordsData, mirrors: Sequence[str], raw: Path) -> set[Path]:
+    """Fetches the TFRecords, no more of them than data.max_images needs, and lays them down as archive and json."""
+    fetched = set()
+
+    def arriving(pattern: str) -> Iterator[Path]:
+        for name in published_records.file_names(pattern):
+            target = raw / "source" / name
+            _obtain(data, mirrors, SourceFile(name, (name,)), target, raw)
+            fetched.add(target)
+            yield target
+
+    files = {"train": arriving(data.train), "val": arriving(data.val)}
+    return published_records.convert(files, data.num_classes, data.max_images, raw) | fetched
 
 
 def splits(data: Coco2017Data | CocoFormatData) -> list[Split]:
@@ -91,13 +113,16 @@ def _coco2017_file(folder: str, name: str) -> SourceFile:
     return SourceFile(name, (f"{folder}/{name}", name))  # as the official site has it; or a mirror with all in one
 
 
-def source_files(data: Coco2017Data | CocoFormatData) -> list[SourceFile]:
+def source_files(data: Coco2017Data | CocoFormatData | TfrecordsData) -> list[SourceFile]:
     """All files of the source, each once."""
+    if isinstance(data, TfrecordsData):
+        names = [name for pattern in (data.train, data.val) for name in published_records.file_names(pattern)]
+        return [SourceFile(name, (name,)) for name in dict.fromkeys(names)]
     both = [file for split in splits(data) for file in (split.annotations, split.images)]
     return list({file.name: file for file in both}.values())
 
 
-def check_checksums(data: Coco2017Data | CocoFormatData) -> None:
+def check_checksums(data: Coco2017Data | CocoFormatData | TfrecordsData) -> None:
     """PipelineError unless data.checksums names exactly the source's files."""
     needed = [file.name for file in source_files(data)]
     missing = [name for name in needed if name not in data.checksums]
@@ -107,14 +132,39 @@ def check_checksums(data: Coco2017Data | CocoFormatData) -> None:
     if faults:
         raise PipelineError(
             f"params.yaml: data.checksums: {'; '.join(faults)}; `python -m pipeline.checksums` writes them "
-            "from the files at data.base_url"
+            "from the files at data.base_url; null takes whatever comes"
         )
 
 
-def _obtain(bases: Sequence[str], file: SourceFile, target: Path, checksums: dict[str, str]) -> None:
-    expected = checksums[file.name]
-    if not transfer.is_present(target, file, expected):
-        transfer.fetch(bases, file, target, expected)
+def _obtain(
+    data: Coco2017Data | CocoFormatData | TfrecordsData,
+    mirrors: Sequence[str],
+    file: SourceFile,
+    target: Path,
+    raw: Path,
+) -> None:
+    """Brings the file to `target`, unless it is there.
+
+    Where its checksum is null, what once came from data.base_url stays, and no server is asked whether it has changed;
+    deleting data/raw fetches it anew.
+    """
+    expected = data.checksums[file.name]
+    found = _found(raw, data) if expected is None else {}
+    known = expected or found.get(file.name)
+    if known is None or not transfer.is_present(target, file, known):
+        got = transfer.fetch([*mirrors, data.base_url], file, target, expected)
+        if expected is None:
+            write_json(raw / FOUND, {"base_url": data.base_url, "checksums": {**found, file.name: got}})
+
+
+def _found(raw: Path, data: Coco2017Data | CocoFormatData | TfrecordsData) -> dict[str, str]:
+    """The checksums of what came of the files that have none in params.yaml."""
+    if not (raw / FOUND).exists():
+        return {}
+    content = read_json(raw / FOUND, "checksums")
+    if content["base_url"] != data.base_url:
+        return {}
+    return {name: got for name, got in content["checksums"].items() if data.checksums.get(name, "") is None}
 
 
 def _accept(split: str, annotations: Path, member: str | None, max_images: int | None, raw: Path) -> Path:

@@ -31,7 +31,7 @@ from pipeline.coco_metrics import NOTHING_TO_FIND, SUMMARY, coco_evaluation, coc
 from pipeline.errors import run
 from pipeline.evaluation_page import page
 from pipeline.files import checksum, read_json, write_json, written_whole
-from pipeline.model_files import MODEL_FILE, StoredModel, read_model
+from pipeline.model_files import MODEL_FILE, StoredModel, read_model, require_same_pictures
 from pipeline.rendering import Drawn, side_by_side
 from pipeline.shard_files import MANIFEST, ground_truth_path, shard_paths, spread_images
 
@@ -118,10 +118,12 @@ def pictures(
     results: Iterable[Row],
     classes: Mapping[int, tuple[int, str]],
     min_score: float,
+    apply_exif: bool = False,
 ) -> dict[int, bytes]:
     """Each image with its truth beside its detections of at least min_score: image id -> JPEG bytes.
 
-    `truth` and `results` have COCO's keys; `classes`: category id -> class id, label.
+    `truth` and `results` have COCO's keys; `classes`: category id -> class id, label; `apply_exif`: they refer to the
+    pictures as their EXIF orientation turns them.
     """
     boxes: dict[int, tuple[list[Drawn], list[Drawn]]] = {image_id: ([], []) for image_id in images}
     for annotation in truth:
@@ -133,7 +135,7 @@ def pictures(
             boxes[result["image_id"]][1].append(_drawn(result, classes, f" {result['score']:.2f}"))
     return {
         # the best detection last, so that it lies on top
-        image_id: side_by_side(encoded, boxes[image_id][0], boxes[image_id][1][::-1])
+        image_id: side_by_side(encoded, boxes[image_id][0], boxes[image_id][1][::-1], apply_exif)
         for image_id, encoded in images.items()
     }
 
@@ -184,7 +186,15 @@ def evaluate_split(
     results = detect(stored, manifest, split, settings)
     images = spread_images(shard_paths(manifest, split), settings.pictures)
     return judge_split(
-        folder, split, USED_FOR[split], ground_truth_path(split), results, images, stored.classes, settings
+        folder,
+        split,
+        USED_FOR[split],
+        ground_truth_path(split),
+        results,
+        images,
+        stored.classes,
+        settings,
+        stored.apply_exif,
     )
 
 
@@ -197,13 +207,17 @@ def judge_split(
     images: Mapping[int, bytes],
     table: Sequence[Class],
     settings: params.Evaluate,
+    apply_exif: bool,
 ) -> tuple[Row, Row]:
-    """Judges COCO results and draws them on `images` (image id -> JPEG or PNG bytes); as evaluate_split otherwise."""
+    """Judges COCO results and draws them on `images` (image id -> JPEG or PNG bytes); as evaluate_split otherwise.
+
+    `apply_exif`: as for `pictures`.
+    """
     names = labels(table)
     classes = {row.category_id: (row.class_id, names[row.class_id]) for row in table}
     truth = read_json(ground_truth, "ground truth")
     judged = judge(ground_truth, results, {category: label for category, (_, label) in classes.items()})
-    drawn = pictures(images, truth["annotations"], results, classes, settings.picture_score)
+    drawn = pictures(images, truth["annotations"], results, classes, settings.picture_score, apply_exif)
 
     write_results(folder / f"detections_{split}.json", results)
     write_table(folder / f"per_class_{split}.csv", judged.per_class)
@@ -229,8 +243,9 @@ def about(stored: StoredModel) -> str:
     """What the page says of a trained model."""
     height, width = stored.config.image_size
     kind = "Averaged (EMA)" if stored.weights.kind == "ema" else "Raw"
+    turned = "Pictures are turned as their EXIF orientation says.\n" if stored.apply_exif else ""
     return (
-        f"Input {height} x {width} pixels, {len(stored.classes)} classes.\n"
+        f"Input {height} x {width} pixels, {len(stored.classes)} classes.\n{turned}"
         f"{kind} weights of epoch {stored.weights.epoch}\n"
         f"(step {stored.weights.step}), selected by {stored.weights.selected_by}."
     )
@@ -243,6 +258,7 @@ def main() -> None:
     manifest = read_json(MANIFEST, "manifest of the shards")
     stored = read_model(MODEL)
     require_same(stored.classes, MODEL / MODEL_FILE, class_rows(manifest["classes"]), MANIFEST)
+    require_same_pictures(stored.apply_exif, MODEL / MODEL_FILE, manifest["apply_exif"], MANIFEST)
     splits = [split for split in USED_FOR if split in manifest["splits"]]
     gate_split = next(split for split in GATE_ORDER if split in splits)
     with written_whole(OUT) as folder:

@@ -6,7 +6,8 @@ or, where the file has images and no annotations (COCO's test-dev), what COCO's 
   detections_SET_MODEL_results.json, and a .zip of it
 SET is the annotations' file name without instances_ or image_info_. NMS, pictures and the usual batch are those of
 params.yaml's evaluate section; an exported model chooses its detections by settings of its own.
-Every image counts: one that is missing, unreadable or of another size than listed is an error.
+Every image counts: one that is missing, unreadable or of another size than listed is an error. Images are turned by
+EXIF where the model was trained so: the annotations are then to refer to the turned pictures, else to the stored ones.
 """
 
 import argparse
@@ -124,21 +125,21 @@ def results(
     """COCO results of every image, by image id, the best of an image first."""
     rows = tables.images.sort_values("id").to_dict("records")
     with tqdm(total=len(rows), desc="evaluate", unit=" images", disable=None) as bar:
-        for loaded in in_batches(partial(_load, images), rows, batch_size):
+        for loaded in in_batches(partial(_load, images, detector.apply_exif), rows, batch_size):
             found = detector.detect([picture for _, picture in loaded])
             for (image_id, _), here in zip(loaded, found, strict=True):
                 yield from coco_rows(image_id, here, detector.classes)
             bar.update(len(loaded))
 
 
-def _load(images: ImageArchive | ImageFolder, row: Row) -> tuple[int, Picture]:
+def _load(images: ImageArchive | ImageFolder, apply_exif: bool, row: Row) -> tuple[int, Picture]:
     where = f"{images.path}: {row['file_name']}"
-    picture = decode_picture(images.read(row["file_name"]), where)
+    picture = decode_picture(images.read(row["file_name"]), where, apply_exif)
     height, width = picture.shape[:2]
     if (height, width) != (row["height"], row["width"]):
         raise PipelineError(
-            f"{where}: is {width} x {height} pixels, and the annotations say {row['width']} x {row['height']} (id "
-            f"{row['id']}): their boxes would be judged in the wrong place"
+            f"{where}: is {width} x {height} pixels{', turned by EXIF' if apply_exif else ''}, and the annotations say "
+            f"{row['width']} x {row['height']} (id {row['id']}): their boxes would be judged in the wrong place"
         )
     return row["id"], picture
 
@@ -171,7 +172,9 @@ def write_judged(
     """Judges results, draws them on images, and writes all files; the outcome in a line."""
     name = set_name(annotations)
     used_for = f"of {annotations.name}"
-    figures, shown = judge_split(folder, name, used_for, annotations, rows, drawn, detector.classes, settings)
+    figures, shown = judge_split(
+        folder, name, used_for, annotations, rows, drawn, detector.classes, settings, detector.apply_exif
+    )
     stored = detector.stored
     judged: Row = {
         "model": source,

@@ -1,7 +1,8 @@
 """What a data set must hold, as Great Expectations (1.24), one suite a table. The only module that loads that library.
 
-A table of one split is a data frame: `images`, `annotations`, `categories`, and `classes` of the split that is judged
-on. pipeline.validate makes the columns; those ending in `_problem` hold words where something is wrong, else None.
+A table of one split is a data frame: `images`, `annotations`, `categories`, `drift` where there is a baseline, and
+`classes` of the split that is judged on. pipeline.validation_tables, .duplicates and .drift make the columns; those
+ending in `_problem` hold words where something is wrong, else None.
 """
 
 import math
@@ -12,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pipeline import params
+from pipeline.outcomes import CRITICAL, WARNING, Outcome
 
 os.environ["GX_ANALYTICS_ENABLED"] = "false"  # the library reads it while it loads
 
@@ -24,7 +25,6 @@ from great_expectations.core.expectation_validation_result import ExpectationVal
 from great_expectations.data_context.types.base import ProgressBarsConfig
 from great_expectations.expectations.metadata_types import FailureSeverity
 
-CRITICAL, WARNING = "critical", "warning"
 FIRST = 20  # offending records that are listed
 # What names a record of a table, beside the column that is looked at.
 NAMED_BY = {
@@ -32,6 +32,7 @@ NAMED_BY = {
     "annotations": ["id", "image_id", "category_id"],
     "categories": ["id", "name"],
     "classes": ["id", "name"],
+    "drift": ["quantity", "moved_most"],
 }
 FORMATS = ["JPEG", "MPO", "PNG"]  # MPO: a JPEG with further pictures behind it, as telephones write it
 
@@ -53,92 +54,127 @@ class Rule:
         return self.severity == CRITICAL and self.table in ("images", "annotations") and of_records
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A rule held against one split."""
-
-    split: str
-    table: str
-    expectation: str
-    severity: str
-    success: bool
-    count: int  # offending records
-    first: list[dict[str, Any]]  # of the first of them, what names it and what was found
-    mendable: bool  # by leaving the offending records out
-    ids: NDArray[np.int64]  # [count] of the offending records; empty where it is not mendable
-
-
-def rules(settings: params.Validate) -> list[Rule]:
+def rules(settings: params.Validate, apply_exif: bool) -> list[Rule]:
     """Every expectation, in the order in which they are reported."""
-    at_least_one = {"min_value": 1}
-    unique, between, in_set, null = (
-        gxe.ExpectColumnValuesToBeUnique,
-        gxe.ExpectColumnValuesToBeBetween,
-        gxe.ExpectColumnValuesToBeInSet,
-        gxe.ExpectColumnValuesToBeNull,
-    )
-    rows = gxe.ExpectTableRowCountToBeBetween
-    positive = {"min_value": 0, "strict_min": True}
-    pixels, fewest = f"{settings.box_tolerance:g} px", settings.min_boxes_per_class
-    outside = {"column": "pixels_outside", "max_value": settings.box_tolerance}
     return [
-        Rule("images", CRITICAL, "there is an image", rows, at_least_one),
-        Rule("images", CRITICAL, "ids are unique", unique, {"column": "id"}),
-        Rule("images", CRITICAL, "width is at least 1", between, {"column": "width", **at_least_one}),
-        Rule("images", CRITICAL, "height is at least 1", between, {"column": "height", **at_least_one}),
-        Rule("images", CRITICAL, "the file is in the archive", null, {"column": "archive_problem"}),
-        Rule("images", CRITICAL, "the file's header can be read", null, {"column": "header_problem"}),
-        Rule("images", CRITICAL, "the file is a JPEG or PNG", in_set, {"column": "format", "value_set": FORMATS}),
-        Rule("images", CRITICAL, "width and height are the file's", null, {"column": "size_problem"}),
-        Rule("images", CRITICAL, "the file can be decoded", null, {"column": "decode_problem"}),
-        Rule("images", WARNING, "no two records share a file", unique, {"column": "file_name"}),
-        Rule("annotations", CRITICAL, "there is an annotation", rows, at_least_one),
-        Rule("annotations", CRITICAL, "ids are unique", unique, {"column": "id"}),
-        Rule("annotations", CRITICAL, "the image exists", in_set, {"column": "image_exists", "value_set": [True]}),
-        Rule(
-            "annotations", CRITICAL, "the category exists", in_set, {"column": "category_exists", "value_set": [True]}
-        ),
-        Rule("annotations", CRITICAL, "the box is finite", in_set, {"column": "finite", "value_set": [True]}),
-        Rule("annotations", CRITICAL, "the box's width is above 0", between, {"column": "w", **positive}),
-        Rule("annotations", CRITICAL, "the box's height is above 0", between, {"column": "h", **positive}),
-        Rule("annotations", CRITICAL, f"the box is inside the image, give or take {pixels}", between, outside),
-        Rule("annotations", CRITICAL, "iscrowd is 0 or 1", in_set, {"column": "iscrowd", "value_set": [0, 1]}),
-        Rule("annotations", CRITICAL, "area is above 0", between, {"column": "area", **positive}),
-        Rule(
-            "annotations",
-            CRITICAL,
-            f"area is at most that of the box with {pixels} added",
-            between,
-            {"column": "area_over_box", "max_value": 1},
-        ),
-        Rule(
-            "annotations", WARNING, "no object is annotated twice", in_set, {"column": "repeated", "value_set": [False]}
-        ),
-        Rule("categories", CRITICAL, "ids are unique", unique, {"column": "id"}),
-        Rule("categories", CRITICAL, "the category is one of train's", null, {"column": "train_problem"}),
-        Rule("categories", WARNING, "names are unique", unique, {"column": "name"}),
+        *_image_rules(settings, apply_exif),
+        *_annotation_rules(settings),
+        Rule("categories", CRITICAL, "ids are unique", *_unique("id")),
+        Rule("categories", CRITICAL, "the category is one of train's", *_null("train_problem")),
+        Rule("categories", WARNING, "names are unique", *_unique("name")),
         Rule(
             "classes",
             WARNING,
-            f"the class has at least {fewest} boxes",
-            between,
-            {"column": "boxes", "min_value": fewest},
+            f"the class has at least {settings.min_boxes_per_class} boxes",
+            *_between("boxes", min_value=settings.min_boxes_per_class),
+        ),
+        Rule("drift", settings.severity.drift, "the classes are the baseline's", *_null("class_problem")),
+        Rule(
+            "drift",
+            settings.severity.drift,
+            f"the population stability index is at most {settings.max_psi:g}",
+            *_between("psi", max_value=settings.max_psi),
         ),
     ]
 
 
-def check(tables: Mapping[str, Mapping[str, pd.DataFrame]], settings: params.Validate) -> list[Outcome]:
+def _image_rules(settings: params.Validate, apply_exif: bool) -> list[Rule]:
+    boxes_of = f"{'turned' if apply_exif else 'stored'} picture, data.apply_exif: {str(apply_exif).lower()}"
+    return [
+        Rule("images", CRITICAL, "there is an image", *AT_LEAST_ONE_ROW),
+        Rule("images", CRITICAL, "ids are unique", *_unique("id")),
+        Rule("images", CRITICAL, "width is at least 1", *_between("width", min_value=1)),
+        Rule("images", CRITICAL, "height is at least 1", *_between("height", min_value=1)),
+        Rule("images", CRITICAL, "the file is in the archive", *_null("archive_problem")),
+        Rule("images", CRITICAL, "the file's header can be read", *_null("header_problem")),
+        Rule("images", CRITICAL, "the file is a JPEG or PNG", *_in("format", *FORMATS)),
+        Rule("images", CRITICAL, "width and height are the file's", *_null("size_problem")),
+        Rule("images", CRITICAL, "the file can be decoded", *_null("decode_problem")),
+        Rule("images", settings.severity.duplicates, "the image is there once", *_null("duplicate_problem")),
+        Rule("images", settings.severity.leakage, "the image is in no later split", *_null("leakage_problem")),
+        Rule("images", WARNING, "the picture is 8-bit grey or RGB", *_null("mode")),
+        Rule(
+            "images",
+            WARNING,
+            f"the EXIF orientation is 1 (boxes of others: of the {boxes_of})",
+            *_in("orientation", 1),
+        ),
+    ]
+
+
+def _annotation_rules(settings: params.Validate) -> list[Rule]:
+    pixels = f"{settings.box_tolerance:g} px"
+    return [
+        Rule("annotations", CRITICAL, "there is an annotation", *AT_LEAST_ONE_ROW),
+        Rule("annotations", CRITICAL, "ids are unique", *_unique("id")),
+        Rule("annotations", CRITICAL, "the image exists", *_in("image_exists", True)),
+        Rule("annotations", CRITICAL, "the category exists", *_in("category_exists", True)),
+        Rule("annotations", CRITICAL, "the box is finite", *_in("finite", True)),
+        Rule("annotations", CRITICAL, "the box's width is above 0", *_between("w", **ABOVE_0)),
+        Rule("annotations", CRITICAL, "the box's height is above 0", *_between("h", **ABOVE_0)),
+        Rule(
+            "annotations",
+            CRITICAL,
+            f"the box is inside the image, give or take {pixels}",
+            *_between("pixels_outside", max_value=settings.box_tolerance),
+        ),
+        Rule("annotations", CRITICAL, "iscrowd is 0 or 1", *_in("iscrowd", 0, 1)),
+        Rule("annotations", CRITICAL, "area is above 0", *_between("area", **ABOVE_0)),
+        Rule(
+            "annotations",
+            CRITICAL,
+            f"area is at most that of the box with {pixels} added",
+            *_between("area_over_box", max_value=1),
+        ),
+        Rule("annotations", WARNING, "no object is annotated twice", *_in("repeated", False)),
+    ]
+
+
+# An expectation and its arguments -------------------------------------------------------------------------------------
+
+Held = tuple[type[gxe.Expectation], dict[str, Any]]
+AT_LEAST_ONE_ROW: Held = (gxe.ExpectTableRowCountToBeBetween, {"min_value": 1})
+ABOVE_0 = {"min_value": 0, "strict_min": True}
+
+
+def _unique(column: str) -> Held:
+    return gxe.ExpectColumnValuesToBeUnique, {"column": column}
+
+
+def _null(column: str) -> Held:
+    return gxe.ExpectColumnValuesToBeNull, {"column": column}
+
+
+def _in(column: str, *values: Any) -> Held:
+    """In these values, or missing."""
+    return gxe.ExpectColumnValuesToBeInSet, {"column": column, "value_set": list(values)}
+
+
+def _between(column: str, **bounds: Any) -> Held:
+    """Within the bounds, or missing."""
+    return gxe.ExpectColumnValuesToBeBetween, {"column": column, **bounds}
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check(
+    tables: Mapping[str, Mapping[str, pd.DataFrame]], settings: params.Validate, apply_exif: bool
+) -> list[Outcome]:
     """Holds every rule against every split: `tables` is {split: {table: data frame}}."""
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     source = context.data_sources.add_pandas("tables")
-    all_rules = rules(settings)
+    all_rules = rules(settings, apply_exif)
     outcomes: list[Outcome] = []
     for split, frames in tables.items():
         for table, frame in frames.items():
+            of_table = [rule for rule in all_rules if rule.table == table]
+            looked_at = {rule.arguments["column"]: None for rule in of_table if "column" in rule.arguments}
             asset = source.add_dataframe_asset(f"{split} {table}")
-            batch = asset.add_batch_definition_whole_dataframe("whole").get_batch({"dataframe": frame})
-            outcomes += _outcomes(batch, split, frame, [rule for rule in all_rules if rule.table == table])
+            # Without the other columns: the library hashes all that it is given.
+            batch = asset.add_batch_definition_whole_dataframe("whole").get_batch({"dataframe": frame[[*looked_at]]})
+            outcomes += _outcomes(batch, split, frame, of_table)
     return outcomes
 
 

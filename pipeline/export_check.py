@@ -183,12 +183,13 @@ def detections_of(
 ) -> Iterator[tuple[int, Found]]:
     """What the export finds on each picture by itself, from id and JPEG or PNG bytes, of classes that are in use.
 
-    A SavedModel decodes the pictures itself; detections of an export with raw heads are chosen by config and nms.
+    A SavedModel decodes the pictures itself; for others they are turned by EXIF where the export says so. Detections of
+    an export with raw heads are chosen by config and nms.
     """
     exported = open_exported(path)
     in_use = np.flatnonzero(exported.category_ids != PADDING)
     for image_id, encoded in images:
-        picture = decode(encoded).numpy()
+        picture = decode(encoded, exported.apply_exif).numpy()
         outputs = exported.run_encoded([encoded]) if exported.run_encoded else exported.run(picture[None])
         if "class_logits" in outputs:
             outputs = _of_heads(outputs, picture, config, nms)

@@ -20,7 +20,7 @@ from effdet.postprocess import PostprocessConfig
 from pipeline import params
 from pipeline.coco_metrics import coco_metrics
 from pipeline.detect import find
-from pipeline.detectors import BATCH, Detector, add_model_arguments, decode_picture, open_from
+from pipeline.detectors import BATCH, Detector, Picture, add_model_arguments, decode_picture, open_from
 from pipeline.errors import PipelineError, run
 from pipeline.evaluate_model import open_images, read_set, require_same_categories, results
 from pipeline.export_check import (
@@ -46,7 +46,7 @@ def main() -> None:
     if detector.stored is None:
         raise PipelineError(f"{arguments.source}: is an export already; give the model that it was made of")
     # What is wrong with the images shows here, before the work.
-    calibration = [decode_picture(data, name) for name, data in read(arguments.calibration, CALIBRATION_IMAGES)]
+    calibration = pictures(detector, read(arguments.calibration, CALIBRATION_IMAGES))
     compare = (by_average_precision if arguments.format == "litert_int8" else by_detections)(
         arguments, detector, detector.stored, nms
     )
@@ -66,7 +66,7 @@ def by_detections(
     """Runs the model on the images. Gives what compares an export with it, and raises PipelineError as check_export."""
     named = read(arguments.images, COMPARED_IMAGES)
     in_use = [row.class_id for row in stored.classes]
-    found = detector.detect([decode_picture(data, name) for name, data in named])
+    found = detector.detect(pictures(detector, named))
     judged = {number: of_classes(here, in_use) for number, here in enumerate(found)}
     images = {number: data for number, (_, data) in enumerate(named)}
     return functools.partial(
@@ -98,6 +98,11 @@ def read(inputs: Sequence[str], limit: int) -> list[tuple[str, bytes]]:
     if any(source.is_video for source in sources):
         raise PipelineError(f"{sources[0].path}: expected images, got a video")
     return [(str(source.path), source.path.read_bytes()) for source in sources[:limit]]
+
+
+def pictures(detector: Detector, named: Sequence[tuple[str, bytes]]) -> list[Picture]:
+    """The pixels of such images, as the model takes them. PipelineError names what cannot be decoded."""
+    return [decode_picture(data, name, detector.apply_exif) for name, data in named]
 
 
 def _arguments() -> argparse.Namespace:

@@ -35,12 +35,16 @@ def write_export(
 ) -> None:
     """Writes the file or folder. nms None: the network's outputs in place of detections; not for a SavedModel.
 
-    calibration: pictures uint8 [h,w,3] for litert_int8, which lite models alone have (EffdetError). In a fresh process
-    the same arguments give the same bytes.
+    calibration: pictures uint8 [h,w,3], turned as the model takes them, for litert_int8, which lite models alone have
+    (EffdetError). In a fresh process the same arguments give the same bytes.
     """
     rows = {row.class_id: row for row in stored.classes}
     head = [rows.get(class_id) for class_id in range(stored.config.num_classes)]
-    classes = Classes([row.category_id if row else PADDING for row in head], [row.name if row else "" for row in head])
+    classes = Classes(
+        [row.category_id if row else PADDING for row in head],
+        [row.name if row else "" for row in head],
+        stored.apply_exif,
+    )
     if format_name.startswith("litert_"):
         precision = format_name.removeprefix("litert_")
         export_litert(path, stored.model, stored.config, nms, classes, precision, calibration)

@@ -30,6 +30,7 @@ def main() -> None:
         arguments.classes,
         not arguments.no_ema,
         arguments.allow_head_mismatch,
+        arguments.apply_exif,
     )
     arrays = {name: np.asarray(variable) for name, variable in published_variables(stored.model).items()}
     weights = stored.weights
@@ -44,6 +45,7 @@ def main() -> None:
             epoch=weights.epoch,
             step=weights.step,
             selected_by=weights.selected_by,
+            apply_exif=stored.apply_exif,
         )
     height, width = stored.config.image_size
     print(

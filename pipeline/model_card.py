@@ -22,6 +22,13 @@ An EfficientDet object detector (arXiv:1911.09070). It takes a picture of any si
 {{ config.image_size[0] }} x {{ config.image_size[1] }} pixels (height x width), and gives up to
 {{ nms.max_detections }} boxes with class and score.
 
+{% if apply_exif %}
+It was trained on pictures turned as their EXIF orientation says. The SavedModel turns the files that it is given; who
+gives pixels turns them, as below.
+{% else %}
+It was trained on pictures as they are stored, and takes them so, whatever their EXIF orientation says.
+{% endif %}
+
 Classes: {% for row in classes %}{{ row.name }}{{ ", " if not loop.last }}{% endfor %}.
 
 ## How to run it
@@ -36,18 +43,18 @@ for place in range(found["count"][0]):
     print(found["class_names"][0, place], found["scores"][0, place], found["boxes"][0, place])
 ```
 
-`boxes` are `[top, left, bottom, right]` in pixels of the picture as it came in, best score first. The signature
-`pixels` takes `uint8` pictures `[B, height, width, 3]` (RGB) instead.
+`boxes` are `[top, left, bottom, right]` in pixels of the picture{{ ", turned" if apply_exif else " as it came in" }};
+the best score comes first. The signature `pixels` takes `uint8` pictures `[B, height, width, 3]` (RGB) instead.
 
 {% endif %}
 {% if "model.onnx" in files %}
 ```python
 import numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image{{ ", ImageOps" if apply_exif }}
 
 session = onnxruntime.InferenceSession("model.onnx")
 names = [output.name for output in session.get_outputs()]
-pixels = np.asarray(Image.open("picture.jpg").convert("RGB"))[None]  # a batch of equal sizes
+pixels = np.asarray({{ opened }}.convert("RGB"))[None]  # a batch of equal sizes
 found = dict(zip(names, session.run(names, {"pixels": pixels})))  # boxes, scores, classes, count
 ```
 
@@ -59,9 +66,9 @@ ONNX opset {{ opset }}; the table of classes is `classes` in its metadata.
 ```python
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
-from PIL import Image
+from PIL import Image{{ ", ImageOps" if apply_exif }}
 
-pixels = np.asarray(Image.open("picture.jpg").convert("RGB"))[None]  # one
+pixels = np.asarray({{ opened }}.convert("RGB"))[None]  # one
 found = Interpreter("{{ name }}").get_signature_runner()(pixels=pixels)  # boxes, scores, classes, count
 ```
 
@@ -168,6 +175,10 @@ def model_card(
         high_score=HIGH_SCORE,
         best=BEST,
         opset=OPSET,
+        apply_exif=stored.apply_exif,
+        opened='ImageOps.exif_transpose(Image.open("picture.jpg"))'
+        if stored.apply_exif
+        else 'Image.open("picture.jpg")',
     )
 
 

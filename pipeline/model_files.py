@@ -1,4 +1,5 @@
-"""A trained model as files: model.json (configuration, class table, which weights) beside weights.safetensors.
+"""A trained model as files: model.json (configuration, class table, which weights, whether pictures are turned by
+EXIF) beside weights.safetensors.
 
 The same two files stand in data/model and in a release, and are read in one way. Beside training checkpoints lies
 network.json, which is model.json without a word on weights.
@@ -46,6 +47,8 @@ class Network(Section):
     format: int
     model: dict[str, Any]  # ModelConfig's fields
     classes: list[Class]  # by class_id
+    # pictures are turned as their EXIF orientation says; models that say nothing were trained on pictures as stored
+    apply_exif: bool = False
 
 
 class Description(Network):
@@ -65,6 +68,7 @@ class StoredModel:
     classes: list[Class]
     weights: Weights
     model: keras.Model  # float32, with its weights
+    apply_exif: bool  # takes pictures as effdet.preprocess.decode gives them with this
 
 
 def write_model(
@@ -76,11 +80,12 @@ def write_model(
     epoch: int,
     step: int,
     selected_by: str,
+    apply_exif: bool,
 ) -> None:
     """Writes model.json and weights.safetensors into `folder`, which exists.
 
     `arrays` has every published name (effdet.weights.published_variables); `kind` is "ema" or "raw", `selected_by`
-    "val AP", "last" or "published".
+    "val AP", "last" or "published"; `apply_exif`: the model takes pictures turned as their EXIF orientation says.
     """
     save_weights(folder / WEIGHTS_FILE, arrays)
     sha256 = checksum(folder / WEIGHTS_FILE, "sha256")
@@ -88,6 +93,7 @@ def write_model(
         format=FORMAT,
         model=dataclasses.asdict(config),
         classes=list(classes),
+        apply_exif=apply_exif,
         weights=Weights(kind=kind, epoch=epoch, step=step, selected_by=selected_by, sha256=sha256),
     )
     write_json(folder / MODEL_FILE, description.model_dump(mode="json"))
@@ -103,7 +109,16 @@ def read_model(folder: Path) -> StoredModel:
         assign(model, load_weights(weights_file))
     except EffdetError as error:
         raise PipelineError(f"{folder}: {error}; train again with this version") from None
-    return StoredModel(config, description.classes, description.weights, model)
+    return StoredModel(config, description.classes, description.weights, model, description.apply_exif)
+
+
+def require_same_pictures(ours: bool, our_file: Path, theirs: bool, their_file: Path) -> None:
+    """PipelineError unless apply_exif is the same in a model's and in its data's description."""
+    if ours != theirs:
+        raise PipelineError(
+            f"{our_file}: apply_exif is {ours}, and {theirs} in {their_file}: the model would see pictures turned "
+            "otherwise than in training; run `dvc repro`"
+        )
 
 
 def check_weights(folder: Path, description: Description) -> Path:
@@ -120,17 +135,17 @@ def check_weights(folder: Path, description: Description) -> Path:
     return weights_file
 
 
-def write_network(folder: Path, config: ModelConfig, classes: Sequence[Class]) -> None:
+def write_network(folder: Path, config: ModelConfig, classes: Sequence[Class], apply_exif: bool) -> None:
     """Writes network.json into `folder`, which exists."""
-    network = Network(format=FORMAT, model=dataclasses.asdict(config), classes=list(classes))
+    network = Network(format=FORMAT, model=dataclasses.asdict(config), classes=list(classes), apply_exif=apply_exif)
     write_json(folder / NETWORK_FILE, network.model_dump(mode="json"))
 
 
-def read_network(folder: Path) -> tuple[ModelConfig, list[Class]]:
-    """network.json, checked. PipelineError names what is wrong with it."""
+def read_network(folder: Path) -> tuple[ModelConfig, list[Class], bool]:
+    """network.json, checked, its last apply_exif. PipelineError names what is wrong with it."""
     network = _read(folder / NETWORK_FILE, Network)
     try:
-        return ModelConfig.from_dict(network.model), network.classes
+        return ModelConfig.from_dict(network.model), network.classes, network.apply_exif
     except EffdetError as error:
         raise PipelineError(f"{folder / NETWORK_FILE}: {error}; train again with this version") from None
 

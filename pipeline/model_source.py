@@ -29,20 +29,19 @@ def open_model(
     classes: Path | None = None,
     ema: bool = True,
     allow_head_mismatch: bool = False,
+    apply_exif: bool = False,
 ) -> StoredModel:
     """A detector with its weights, from a model's folder, a training checkpoint or run, or published weights.
 
     `name` and `image_size` (height, width): of published weights; without, the name is sought in the source's path, and
     the size is the published one. `classes`: a release's classes.json or COCO annotations; without, a head of 90 has
     COCO's. `ema`: moving averages are taken where there are any. `allow_head_mismatch`: for other classes than the
-    source's the class head starts fresh: a beginning for training. PipelineError, EffdetError name what does not fit.
+    source's the class head starts fresh: a beginning for training. `apply_exif`: published weights are for pictures
+    turned as their EXIF orientation says. PipelineError, EffdetError name what does not fit.
     """
     path = Path(source)
-    given = [
-        option
-        for option, value in {"--model": name, "--image-size": image_size, "--classes": classes}.items()
-        if value is not None
-    ]
+    options = {"--model": name, "--image-size": image_size, "--classes": classes, "--apply-exif": apply_exif or None}
+    given = [option for option, value in options.items() if value is not None]
     checkpoint = path if is_checkpoint(path) else best_of(path) if path.is_dir() else None
     ours = (path / MODEL_FILE).is_file() or checkpoint is not None
     if ours and given:
@@ -51,7 +50,7 @@ def open_model(
         return _of_checkpoint(checkpoint, ema)
     if ours:
         return _of_folder(path, ema)
-    return _published(source, name or _name_in(path), image_size, classes, ema, allow_head_mismatch)
+    return _published(source, name or _name_in(path), image_size, classes, ema, allow_head_mismatch, apply_exif)
 
 
 def _of_folder(folder: Path, ema: bool) -> StoredModel:
@@ -68,12 +67,12 @@ def _of_checkpoint(checkpoint: Path, ema: bool) -> StoredModel:
             f"{checkpoint}: {NETWORK_FILE} not found in the folder around it, which says what network it is of; "
             "take the checkpoint together with its run's folder"
         )
-    config, classes = read_network(checkpoint.parent)
+    config, classes, apply_exif = read_network(checkpoint.parent)
     model = build(config)
     loaded = load(model, config, checkpoint, ema)
     written = read_json(checkpoint / STATE_FILE, "state of training")  # which `load` has checked; folders are renamed
     selected_by = "last" if written["state"] else "val AP"  # the best weights have no course to go on with
-    return StoredModel(config, classes, _weights(checkpoint, loaded, selected_by, written["step"]), model)
+    return StoredModel(config, classes, _weights(checkpoint, loaded, selected_by, written["step"]), model, apply_exif)
 
 
 def _published(
@@ -83,6 +82,7 @@ def _published(
     classes: Path | None,
     ema: bool,
     allow_head_mismatch: bool,
+    apply_exif: bool,
 ) -> StoredModel:
     files(source)  # raises where there are none
     if name is None:
@@ -95,7 +95,7 @@ def _published(
         model = build(config)
         loaded = load(model, config, found, allow_head_mismatch=allow_head_mismatch)
     print(loaded)
-    return StoredModel(config, rows, _weights(source, loaded, "published", 0), model)
+    return StoredModel(config, rows, _weights(source, loaded, "published", 0), model, apply_exif)
 
 
 def _class_table(source: str, head: int, classes: Path | None, allow_head_mismatch: bool) -> list[Class]:

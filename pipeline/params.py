@@ -29,6 +29,8 @@ Format = Literal["saved_model", "onnx", "litert_float32", "litert_float16", "lit
 Below = Annotated[str, AfterValidator(_below)]
 Sha256 = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Checksum = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
+Checksums = dict[str, Checksum | None]  # file name -> what its bytes must be; null: not known, an archive's CRCs decide
+Severity = Literal["critical", "warning"]
 
 
 class SyntheticData(Section):
@@ -38,6 +40,7 @@ class SyntheticData(Section):
     seed: Seed
     train_images: Count
     val_images: Count
+    apply_exif: bool  # as for the other sources; these pictures have no orientation
     max_images: Count | None  # a split, cut for trying out
 
 
@@ -46,7 +49,8 @@ class Coco2017Data(Section):
 
     source: Literal["coco2017"]
     base_url: str  # http(s)://, file:// or a folder
-    checksums: dict[str, Checksum]  # file name -> what its bytes must be
+    checksums: Checksums
+    apply_exif: bool  # boxes refer to the pictures turned as their EXIF orientation says, instead of as stored
     max_images: Count | None
 
 
@@ -65,11 +69,33 @@ class CocoFormatData(Section):
     train: SplitFiles
     val: SplitFiles
     test: SplitFiles | None
-    checksums: dict[str, Checksum]
+    checksums: Checksums
+    apply_exif: bool
     max_images: Count | None
 
 
-Data = Annotated[SyntheticData | Coco2017Data | CocoFormatData, Field(discriminator="source")]
+class TfrecordsData(Section):
+    """TFRecord files as the scripts of google/automl and NVIDIA DeepLearningExamples write them."""
+
+    source: Literal["tfrecords"]
+    base_url: str
+    train: Below  # train-?????-of-00256.tfrecord: the number at the end tells how many there are
+    val: Below
+    num_classes: Count  # K; labels are 1..K, gaps allowed, and class_id is label - 1
+    checksums: Checksums
+    apply_exif: bool
+    max_images: Count | None
+
+
+Data = Annotated[SyntheticData | Coco2017Data | CocoFormatData | TfrecordsData, Field(discriminator="source")]
+
+
+class Severities(Section):
+    """What stops the pipeline, critical, and what does not, where teams differ."""
+
+    duplicates: Severity  # images of the same bytes within a split
+    leakage: Severity  # images of train that are in val or test too, or of val in test
+    drift: Severity  # against data_baseline.json
 
 
 class Validate(Section):
@@ -78,7 +104,16 @@ class Validate(Section):
     decode_fraction: Fraction  # of the images, decoded in full; headers are always read
     min_boxes_per_class: Annotated[int, Field(ge=0)]  # in val, a warning below
     box_tolerance: NonNegative  # pixels that a box may stand over the image
+    max_psi: Positive  # population stability index, of what drifts against data_baseline.json
+    severity: Severities
     quarantine: bool  # leaves out images and annotations that fail a critical check, instead of stopping at them
+
+
+class Reencode(Section):
+    """Smaller pictures for training: smaller shards, faster decoding."""
+
+    max_side: Count  # pixels; larger pictures are made as large, and smaller ones stay the files that came
+    quality: Annotated[int, Field(ge=1, le=95)]  # of the JPEG
 
 
 class Shard(Section):
@@ -87,6 +122,7 @@ class Shard(Section):
     images_per_shard: Count
     max_boxes: Count  # M; of an image with more, the largest are kept
     keep_empty_images: bool  # in train; val and test keep theirs
+    reencode: Reencode | None  # of train; val and test stay as they came
     seed: Seed  # of the order in which images are laid down
 
 
@@ -104,12 +140,25 @@ class Model(Section):
         return value
 
 
+class RandAugment(Section):
+    """RandAugment (arXiv:1909.13719)."""
+
+    layers: Count  # operations, one after the other
+    magnitude: Annotated[float, Field(ge=0, le=10)]  # their strength
+
+
 class Augment(Section):
     """What happens to a training image."""
 
     horizontal_flip: bool
     jitter_min: Positive  # scale of the picture against the input
     jitter_max: Positive
+    colour: Fraction  # strength of brightness, contrast, saturation and hue; 0 leaves colours alone
+    rand_augment: RandAugment | None
+    grid_mask: Fraction  # share of the pictures; so the next two
+    mosaic: Fraction
+    mixup: Fraction
+    repeat_factor: Fraction  # share of images below which a class's images come more than once an epoch; 0: none do
 
     @model_validator(mode="after")
     def _ordered(self) -> "Augment":

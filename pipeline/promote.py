@@ -42,7 +42,7 @@ from pipeline.exports import CALIBRATION_IMAGES, FILES, write_export
 from pipeline.files import checksum, read_json, write_json, written_whole
 from pipeline.gate import Decision, Judged, decide, is_champion, read_champion
 from pipeline.model_card import model_card
-from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel, read_model
+from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel, read_model, require_same_pictures
 from pipeline.params import Format
 from pipeline.shard_files import MANIFEST, all_images, ground_truth_path, shard_paths, spread_images
 
@@ -65,6 +65,7 @@ def candidate_of(stored: StoredModel, judged: Mapping[str, Any]) -> Judged:
         "classes": [row.model_dump() for row in stored.classes],
         "weights": stored.weights.sha256,
         "nms": judged["nms"],
+        "apply_exif": stored.apply_exif,
     }
     return Judged(
         detector="sha256:" + hashlib.sha256(json.dumps(makes_it, sort_keys=True).encode()).hexdigest(),
@@ -89,7 +90,8 @@ def write_exports(
         path = folder / FILES[format_name]
         if format_name == "litert_int8":
             examples = spread_images(shard_paths(manifest, "train"), CALIBRATION_IMAGES)
-            write_export(path, format_name, stored, nms, [decode(encoded).numpy() for encoded in examples.values()])
+            calibration = [decode(encoded, stored.apply_exif).numpy() for encoded in examples.values()]
+            write_export(path, format_name, stored, nms, calibration)
             val, model_ap = all_images(shard_paths(manifest, "val")), judged["splits"]["val"]["metrics"]["AP"]
             model_ap = NOTHING_TO_FIND if model_ap is None else model_ap
             outcomes[path.name] = check_average_precision(path, val, ground_truth_path("val"), model_ap, stored, nms)
@@ -164,6 +166,7 @@ def main() -> None:
     judged = read_json(EVALUATION / "metrics.json", "evaluation")
     stored = read_model(MODEL)
     require_same(stored.classes, MODEL / MODEL_FILE, class_rows(manifest["classes"]), MANIFEST)
+    require_same_pictures(stored.apply_exif, MODEL / MODEL_FILE, manifest["apply_exif"], MANIFEST)
     if judged["weights"] != stored.weights.model_dump():
         raise PipelineError(
             f"{EVALUATION / 'metrics.json'}: judges weights {judged['weights']['sha256']}, and {MODEL} holds "

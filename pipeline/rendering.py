@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline import exif
+
 LONG_SIDE = 512  # pixels to which the longer side of the image is scaled
 GAP = 8  # pixels between the two
 CAPTION = 22  # pixels of the strip above them
@@ -38,15 +40,22 @@ class Drawn:
     label: str
 
 
-def side_by_side(encoded: bytes, truth: Iterable[Drawn], detections: Iterable[Drawn]) -> bytes:
-    """The picture as JPEG bytes, from the image as JPEG or PNG bytes. Boxes are drawn in the order given."""
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")  # EXIF turns are not applied: no stage applies them
+def side_by_side(
+    encoded: bytes, truth: Iterable[Drawn], detections: Iterable[Drawn], apply_exif: bool = False
+) -> bytes:
+    """The picture as JPEG bytes, from the image as JPEG or PNG bytes. Boxes are drawn in the order given.
+
+    `apply_exif`: the image is turned as its EXIF orientation says, and boxes refer to it so.
+    """
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    if apply_exif:
+        image = exif.upright(image, exif.orientation_of(encoded))
     scale = LONG_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (2 * image.width + GAP, image.height + CAPTION), BACKGROUND)
     for caption, left, boxes in (("truth", 0, truth), ("detections", image.width + GAP, detections)):
-        ImageDraw.Draw(canvas).text((left + 2, 3), caption, fill=(0, 0, 0), font=_font(TEXT))
+        write_text(canvas, (left + 2, 3), caption)
         canvas.paste(_with_boxes(image, scale, boxes), (left, CAPTION))
     output = io.BytesIO()
     canvas.save(output, "JPEG", quality=JPEG_QUALITY)
@@ -66,6 +75,11 @@ def with_boxes(pixels: NDArray[np.uint8], boxes: Sequence[Drawn]) -> Image.Image
     for drawn in boxes:
         _label(draw, image.size, 1.0, drawn, text)
     return image
+
+
+def write_text(canvas: Image.Image, corner: tuple[int, int], text: str) -> None:
+    """A line of text, TEXT pixels high, in black; its upper left corner at (x, y)."""
+    ImageDraw.Draw(canvas).text(corner, text, fill=(0, 0, 0), font=_font(TEXT))
 
 
 def _with_boxes(image: Image.Image, scale: float, boxes: Iterable[Drawn]) -> Image.Image:

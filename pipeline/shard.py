@@ -4,9 +4,19 @@ data/shards/
   SPLIT-00000-of-00008.tfrecord   records of effdet.records; pictures are the files that came, byte for byte
   manifest.json                   the class table, and each shard with its counts and checksum
   ground_truth_SPLIT.json         of val and test: COCO json of the images in the shards, with all their annotations
+  classes_train.json              of each record of train, in their order, the class ids in it
+
+With shard.reencode the larger pictures of train are made smaller, and boxes and areas with them. Those of val and test
+are not: a model is judged on the pictures that it will be given, and COCO's AP parts small from large objects by the
+areas in the ground truth.
 """
 
+import itertools
+import json
+import os
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +31,7 @@ from effdet.records import encode_example, framed
 from pipeline import local, params
 from pipeline.archive_workers import over_archive
 from pipeline.coco import (
+    COCO2017_CLASSES,
     ArchiveError,
     CocoTables,
     ImageArchive,
@@ -30,8 +41,11 @@ from pipeline.coco import (
     without,
 )
 from pipeline.errors import PipelineError, run
+from pipeline.exif import orientation_of
 from pipeline.files import checksum, read_json, write_json, written_whole
+from pipeline.params import Coco2017Data, Reencode, TfrecordsData
 from pipeline.raw_data import EXCLUSIONS, annotations_file, archive_file, splits
+from pipeline.reencode import DAMAGED, smaller
 
 OUT = Path("data/shards")
 FORMAT = 1  # of manifest.json
@@ -52,6 +66,13 @@ class Shard:
     class_ids: Ids  # [objects]
     is_crowd: Ids  # [objects] 0 or 1
     area: NDArray[np.float32]  # [objects] square pixels
+
+
+def head_of(data: params.Data) -> int | None:
+    """K where the source has category ids 1 to K, of which some may be unused; None where classes lie dense."""
+    if isinstance(data, TfrecordsData):
+        return data.num_classes
+    return COCO2017_CLASSES if isinstance(data, Coco2017Data) else None
 
 
 # What goes in ---------------------------------------------------------------------------------------------------------
@@ -99,6 +120,15 @@ def byte_counts(archive: Path, images: pd.DataFrame) -> Ids:
             except ArchiveError as error:
                 raise PipelineError(f"image {image_id}: {error}") from None
     return np.array(sizes, np.int64)
+
+
+def expected_bytes(sizes: Ids, images: pd.DataFrame, reencode: Reencode | None) -> Ids:
+    """About how many bytes of each file will be in a shard: a picture's go with its pixels."""
+    if reencode is None:
+        return sizes
+    longer = images[["height", "width"]].to_numpy().max(axis=1)
+    scale = np.minimum(1, reencode.max_side / np.maximum(1, longer))
+    return np.asarray(sizes * scale**2, np.int64)
 
 
 def class_ids_of(annotations: pd.DataFrame, classes: list[dict[str, Any]]) -> Ids:
@@ -150,22 +180,48 @@ def _require_known(annotations: pd.DataFrame, known: ArrayLike, column: str, whe
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
-def write_shard(archive: ImageArchive, shard: Shard) -> dict[str, Any]:
+def record_of(
+    archive: ImageArchive, shard: Shard, index: int, apply_exif: bool, reencode: Reencode | None
+) -> tuple[bytes, bool]:
+    """The tf.Example of one image of the shard, and whether its picture was made smaller."""
+    encoded = archive.read(shard.file_names[index])
+    orientation = orientation_of(encoded) if apply_exif else 1
+    height, width = shard.sizes[index].tolist()
+    objects = slice(shard.first_objects[index], shard.first_objects[index + 1])
+    boxes, area = shard.boxes[objects], shard.area[objects]
+    try:
+        made = smaller(encoded, orientation, reencode) if reencode else None
+    except DAMAGED as error:
+        raise PipelineError(
+            f"{archive.path}: {shard.file_names[index]}: cannot be decoded: {error};"
+            " validate.decode_fraction: 1.0 in params.yaml finds all such files"
+        ) from None
+    if made:
+        scale_y, scale_x = made.height / height, made.width / width
+        boxes, area = boxes * np.array([scale_y, scale_x, scale_y, scale_x]), area * (scale_y * scale_x)
+        encoded, height, width = made
+        orientation = 1
+    example = encode_example(
+        encoded,
+        int(shard.image_ids[index]),
+        height,
+        width,
+        boxes,
+        shard.class_ids[objects],
+        shard.is_crowd[objects],
+        area,
+        orientation,
+    )
+    return example, made is not None
+
+
+def write_shard(archive: ImageArchive, shard: Shard, apply_exif: bool, reencode: Reencode | None) -> dict[str, Any]:
     """Writes the shard's file and returns its row of the manifest."""
-    crc = 0
+    crc = num_reencoded = 0
     with shard.path.open("wb") as file:
-        for index, file_name in enumerate(shard.file_names):
-            objects = slice(shard.first_objects[index], shard.first_objects[index + 1])
-            example = encode_example(
-                archive.read(file_name),
-                int(shard.image_ids[index]),
-                int(shard.sizes[index, 0]),
-                int(shard.sizes[index, 1]),
-                shard.boxes[objects],
-                shard.class_ids[objects],
-                shard.is_crowd[objects],
-                shard.area[objects],
-            )
+        for index in range(len(shard.file_names)):
+            example, is_reencoded = record_of(archive, shard, index, apply_exif, reencode)
+            num_reencoded += is_reencoded
             for piece in framed(example):
                 crc = google_crc32c.extend(crc, piece)
                 file.write(piece)
@@ -173,6 +229,7 @@ def write_shard(archive: ImageArchive, shard: Shard) -> dict[str, Any]:
     return {
         "file": shard.path.name,
         "images": len(shard.file_names),
+        "reencoded": num_reencoded,
         "bytes": size,
         "crc32c": f"{crc:08x}",  # of the file; a SHA-256 would take three times as long as to encode the records
     }
@@ -191,16 +248,44 @@ def ground_truth(tables: CocoTables) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def classes_in_images(shard: Shard) -> list[list[int]]:
+    """Of each image of the shard the class ids of its objects, no crowds: sorted, each once."""
+    class_ids, is_crowd = shard.class_ids.tolist(), shard.is_crowd.tolist()
+    ends = shard.first_objects.tolist()
+    return [
+        sorted({class_ids[row] for row in range(start, end) if not is_crowd[row]})
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+def write_shards(
+    shards: list[Shard], split: str, apply_exif: bool, reencode: Reencode | None, workers: int
+) -> list[dict[str, Any]]:
+    """Writes the shards' files; returns their rows of the manifest, in their order."""
+    work = partial(write_shard, apply_exif=apply_exif, reencode=reencode)
+    rows = []
+    images = sum(len(shard.file_names) for shard in shards)
+    with tqdm(total=images, desc=f"shard {split}", unit=" images", disable=None) as bar:
+        for row in over_archive(archive_file(split), workers, work, shards):
+            rows.append(row)
+            bar.update(row["images"])
+    return rows
+
+
 def shard_split(
-    folder: Path, split: str, classes: list[dict[str, Any]], settings: params.Shard, workers: int
+    folder: Path,
+    split: str,
+    found: CocoTables,
+    classes: list[dict[str, Any]],
+    settings: params.Shard,
+    apply_exif: bool,
+    workers: int,
 ) -> dict[str, Any]:
     """Writes a split's shards, and its ground truth where it is judged on; returns its part of the manifest."""
-    found = read_annotations(annotations_file(split))
     accepted = without(found, read_json(EXCLUSIONS, "list of what is left out")[split])
-    kept = accepted
     # A model is judged on empty images too: they are where it must find nothing.
-    if split == "train" and not settings.keep_empty_images:
-        kept = without_empty_images(accepted)
+    is_train = split == "train"
+    kept = accepted if settings.keep_empty_images or not is_train else without_empty_images(accepted)
     if kept.images.empty:
         raise PipelineError(
             f"{annotations_file(split)}: no images left of {len(found.images)}:"
@@ -208,20 +293,20 @@ def shard_split(
             f" {len(accepted.images)} have no annotations and params.yaml says shard.keep_empty_images: false"
         )
     in_shards = CocoTables(kept.images, largest(kept.annotations, settings.max_boxes), kept.categories)
-    archive = archive_file(split)
-    order = deal(byte_counts(archive, kept.images), settings.images_per_shard, settings.seed)
-    shards = plan(folder, split, in_shards, classes, order)
-    rows = []
-    with tqdm(total=len(kept.images), desc=f"shard {split}", unit=" images", disable=None) as bar:
-        for row in over_archive(archive, workers, write_shard, shards):
-            rows.append(row)
-            bar.update(row["images"])
-    if split != "train":
+    reencode = settings.reencode if is_train else None
+    sizes = expected_bytes(byte_counts(archive_file(split), kept.images), kept.images, reencode)
+    shards = plan(folder, split, in_shards, classes, deal(sizes, settings.images_per_shard, settings.seed))
+    rows = write_shards(shards, split, apply_exif, reencode, workers)
+    if is_train:
+        images = ",\n".join(json.dumps(image) for shard in shards for image in classes_in_images(shard))
+        (folder / "classes_train.json").write_text(f"[\n{images}\n]\n")  # a line an image
+    else:
         write_json(folder / f"ground_truth_{split}.json", ground_truth(kept))
     return {
         "images": len(kept.images),
         "boxes": len(in_shards.annotations),
         "empty_images": len(kept.images) - int(in_shards.annotations["image_id"].nunique()),
+        "reencoded": sum(row["reencoded"] for row in rows),
         "left_out": {
             "excluded_images": len(found.images) - len(accepted.images),
             "excluded_annotations": len(found.annotations) - len(accepted.annotations),
@@ -232,19 +317,43 @@ def shard_split(
     }
 
 
+def remove_leftovers() -> None:
+    """Removes what killed runs left behind: no reader takes it for shards, but it takes up the disk."""
+    for part in OUT.parent.glob(f".{OUT.name}.*.part"):  # as written_whole names it, with the process's id
+        process = part.name.split(".")[-2]
+        if process.isdigit() and not _is_another_running(int(process)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_another_running(process: int) -> bool:
+    if process == os.getpid():  # in containers one run's id is easily the next one's
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def main() -> None:
     """Reads data/raw and data/exclusions.json, writes data/shards as a whole or not at all."""
     given = params.load()
     workers = local.load().loader_workers
-    source = given.data.source
-    categories = read_annotations(annotations_file("train")).categories
-    classes = class_table(categories, source)
+    train = read_annotations(annotations_file("train"))
+    classes = class_table(train.categories, head_of(given.data))
+    remove_leftovers()
     with written_whole(OUT) as folder:
         folder.mkdir()
-        parts = {split: shard_split(folder, split, classes, given.shard, workers) for split in splits()}
+        parts = {}
+        for split in splits():
+            found = train if split == "train" else read_annotations(annotations_file(split))
+            parts[split] = shard_split(folder, split, found, classes, given.shard, given.data.apply_exif, workers)
         manifest = {
             "format": FORMAT,
-            "num_classes": num_classes(categories, source),
+            "apply_exif": given.data.apply_exif,
+            "num_classes": num_classes(train.categories, head_of(given.data)),
             "classes": classes,
             "max_boxes": given.shard.max_boxes,
             "source": {split: {"annotations_sha256": checksum(annotations_file(split), "sha256")} for split in parts},
@@ -255,6 +364,7 @@ def main() -> None:
         left_out = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in part["left_out"].items() if count)
         print(
             f"{split}: {part['images']} images, {part['boxes']} boxes in {len(part['shards'])} shards"
+            + (f"; {part['reencoded']} pictures made smaller" if part["reencoded"] else "")
             + (f"; left out: {left_out}" if left_out else "")
         )
 

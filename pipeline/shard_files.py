@@ -8,6 +8,7 @@ import numpy as np
 
 from effdet.input_pipeline import Shards
 from effdet.records import parse_examples
+from pipeline.files import read_json
 
 SHARDS = Path("data/shards")
 MANIFEST = SHARDS / "manifest.json"
@@ -22,6 +23,15 @@ def shard_paths(manifest: Mapping[str, Any], split: str, folder: Path = SHARDS) 
 def ground_truth_path(split: str, folder: Path = SHARDS) -> Path:
     """COCO json of exactly the images in a split's shards."""
     return folder / f"ground_truth_{split}.json"
+
+
+def train_classes(folder: Path = SHARDS) -> list[list[int]]:
+    """The class ids of the objects, no crowds, in each image of train: sorted, each once.
+
+    In the order of `shard_paths(manifest, "train")` and of the records in each.
+    """
+    classes: list[list[int]] = read_json(folder / "classes_train.json", "list of the classes in each image")
+    return classes
 
 
 def spread_images(paths: Sequence[Path], count: int) -> dict[int, bytes]:

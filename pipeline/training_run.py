@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from effdet import checkpoint
-from effdet.augment import Augmentation
+from effdet.augment import Augmentation, RandAugment
 from effdet.checkpoint import Checkpoint
 from effdet.config import ModelConfig
 from effdet.distributed import Ranks
@@ -29,19 +31,20 @@ from effdet.input_pipeline import evaluation_batches, train_batches
 from effdet.losses import LossConfig
 from effdet.model import build
 from effdet.postprocess import PostprocessConfig
-from effdet.sampling import first_step
+from effdet.sampling import first_step, index_list, repeat_factors
 from effdet.schedule import Schedule
 from effdet.training import Optimization, StepRecord, Trainer, TrainState, freeze
 from pipeline.class_table import class_rows
 from pipeline.coco_metrics import SUMMARY, coco_metrics, coco_results
+from pipeline.errors import PipelineError
 from pipeline.files import checksum, write_json
 from pipeline.initial_weights import begin_with, identity
 from pipeline.local import Local
 from pipeline.model_files import write_model, write_network
-from pipeline.params import Params
+from pipeline.params import Augment, Params
 from pipeline.params import Train as TrainParams
 from pipeline.provenance import hardware, provenance
-from pipeline.shard_files import ground_truth_path, shard_paths
+from pipeline.shard_files import ground_truth_path, shard_paths, train_classes
 from pipeline.training_log import Events, History, Progress, Row, epoch_row
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -82,7 +85,8 @@ class Run:
         self.shards = shards
         self.out = out
         self.ranks = ranks
-        self.num_images = int(manifest["splits"]["train"]["images"])
+        self.entries = entries_of(settings.train, manifest, shards)
+        self.num_images = len(self.entries)  # that an epoch shows
         self.global_batch = self.settings.batch_size * ranks.size
         self.total_steps = first_step(self.settings.epochs, self.num_images, self.global_batch)
         if self.total_steps == 0:
@@ -104,8 +108,11 @@ class Run:
             )
         if ranks.rank == 0:
             self._lock = _locked(self.folder)
+            if self.settings.augment.repeat_factor:
+                once = manifest["splits"]["train"]["images"]
+                print(f"repeat factor: an epoch shows {once:,} images {self.num_images:,} times in all", flush=True)
             write_json(self.folder / FINGERPRINT_FILE, content)
-            write_network(self.folder, config, class_rows(manifest["classes"]))
+            write_network(self.folder, config, class_rows(manifest["classes"]), manifest["apply_exif"])
         self.standing, self.trainer = self._begin()
         self._provenance = provenance(where, ranks.gather(hardware()), self.settings.precision, begins_with)
 
@@ -167,8 +174,9 @@ class Run:
             num_ranks=self.ranks.size,
             seed=how.seed,
             start_step=start_step,
-            augmentation=Augmentation(**how.augment.model_dump()),
+            augmentation=augmentation_of(how.augment),
             workers=self.where.loader_workers,
+            entries=self.entries,
         )
 
     def _validate(self) -> Row:
@@ -225,6 +233,7 @@ class Run:
             epoch=self.standing.best_epoch,
             step=self.standing.best_step,
             selected_by="val AP",
+            apply_exif=self.manifest["apply_exif"],
         )
         write_json(self.out / PROVENANCE_FILE, self._provenance)
 
@@ -272,6 +281,36 @@ class _View:
         self._progress.close()
         self._events.close()
         self._history.close()
+
+
+def entries_of(settings: TrainParams, manifest: Mapping[str, Any], shards: Path) -> NDArray[np.int64]:
+    """The record that each entry of an epoch shows: int64 [entries]; each record once, or rare classes' more often."""
+    records = int(manifest["splits"]["train"]["images"])
+    threshold = settings.augment.repeat_factor
+    if not threshold:
+        return np.arange(records)
+    classes = train_classes(shards)
+    if len(classes) != records:
+        raise PipelineError(
+            f"{shards}: the list of the classes in each image has {len(classes)} images, the manifest {records}; run "
+            "`dvc repro shard`"
+        )
+    return index_list(settings.seed, repeat_factors(classes, threshold))
+
+
+def augmentation_of(settings: Augment) -> Augmentation:
+    """The augment parameters as the library takes them."""
+    rand_augment = settings.rand_augment
+    return Augmentation(
+        horizontal_flip=settings.horizontal_flip,
+        jitter_min=settings.jitter_min,
+        jitter_max=settings.jitter_max,
+        colour=settings.colour,
+        rand_augment=RandAugment(rand_augment.layers, rand_augment.magnitude) if rand_augment else None,
+        grid_mask=settings.grid_mask,
+        mosaic=settings.mosaic,
+        mixup=settings.mixup,
+    )
 
 
 def optimization_of(settings: TrainParams) -> Optimization:

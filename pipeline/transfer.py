@@ -3,38 +3,23 @@
 import contextlib
 import errno
 import hashlib
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 from urllib.request import url2pathname
 
-import requests
-from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.util import Retry
 
-from pipeline import files
-from pipeline.coco import ImageArchive, add_member
+from pipeline import files, http_transfer
+from pipeline.coco import ArchiveError, ImageArchive, add_member
 from pipeline.errors import PipelineError
-
-TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
-RETRIES = Retry(total=4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+from pipeline.http_transfer import SparedError, TransferError, UnreachableError
+from pipeline.part_file import PartFile, check_room
 
 Result = TypeVar("Result")
-
-
-class TransferError(PipelineError):
-    """A file that could not be had."""
-
-
-class UnreachableError(TransferError):
-    """A server or folder that answers nothing, whatever file it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +31,18 @@ class SourceFile:
     is_folder: bool = False  # of images, packed into a zip on arrival; on this machine's file system only
 
 
-@dataclass(frozen=True)
-class _Offer:
-    address: str
-    size: int | None  # bytes, where the server tells
-    chunks: Iterator[bytes]
-
-
-def fetch(bases: Sequence[str], file: SourceFile, target: Path, expected: str) -> None:
+def fetch(bases: Sequence[str], file: SourceFile, target: Path, expected: str | None) -> str:
     """Writes the file whose checksum is `expected` ("algorithm:hex") to `target`, from the first base that has it.
 
-    Nothing half-written stays. TransferError tells every attempt.
+    Gives the checksum. Where none is expected (None) a zip's members are held to their CRC-32. Nothing half-written
+    stands at `target`; what came over http stays beside it and is continued, and is given up only where no base goes on
+    with it. TransferError tells every attempt.
     """
-    _first_of(bases, file, lambda base, place: _fetch_from(base, place, file, target, expected))
+    try:
+        return _first_of(bases, file, lambda base, place: _fetch_from(base, place, file, target, expected, spare=True))
+    except SparedError as error:
+        print(f"{error}\n{file.name}: no server goes on with what is here; all of it is fetched anew")
+        return _first_of(bases, file, lambda base, place: _fetch_from(base, place, file, target, expected, spare=False))
 
 
 def checksum(bases: Sequence[str], file: SourceFile, algorithm: str) -> str:
@@ -70,8 +54,10 @@ def checksum(bases: Sequence[str], file: SourceFile, algorithm: str) -> str:
     def read(base: str, place: str) -> str:
         if file.is_folder:
             return _folder_checksum(_contents(_images_folder(base, place), base, place))
-        with _opened(base, place) as offer:
-            return _consumed(offer, file.name, algorithm, lambda _: None)
+        path = _local_file(base, place)
+        if path is None:
+            return http_transfer.checksum(_url(base, place), algorithm, file.name)
+        return _read(path, algorithm, lambda _: None)
 
     return _first_of(bases, file, read)
 
@@ -102,105 +88,114 @@ def local_folder(base: str) -> Path | None:
 
 
 def _first_of(bases: Sequence[str], file: SourceFile, attempt: Callable[[str, str], Result]) -> Result:
-    failures = []
+    failures: list[TransferError] = []
     for base in bases:
         for place in file.places:
             try:
                 return attempt(base, place)
             except UnreachableError as error:
-                failures.append(str(error))
+                failures.append(error)
                 break
             except TransferError as error:
-                failures.append(str(error))
+                failures.append(error)
+    kind = SparedError if any(isinstance(failure, SparedError) for failure in failures) else TransferError
     if len(failures) == 1:
-        raise TransferError(failures[0])
-    raise TransferError(f"{file.name} could not be had:\n" + "\n".join(f"- {failure}" for failure in failures))
+        raise kind(str(failures[0]))
+    raise kind(f"{file.name} could not be had:\n" + "\n".join(f"- {failure}" for failure in failures))
 
 
-def _fetch_from(base: str, place: str, file: SourceFile, target: Path, expected: str) -> None:
-    with files.written_whole(target) as part:
-        if file.is_folder:
-            address, got = _packed(base, place, part)
-        else:
-            address, got = _copied(base, place, part, expected.partition(":")[0])
-        if got != expected:
-            raise TransferError(
-                f"{address}: checksum differs: params.yaml: data.checksums.{file.name} is {expected}, got {got}; "
-                "where these bytes are the right ones, `python -m pipeline.checksums` writes their checksums"
-            )
+def _fetch_from(base: str, place: str, file: SourceFile, target: Path, expected: str | None, spare: bool) -> str:
+    path = None if file.is_folder else _local_file(base, place)
+    if path is None and not file.is_folder:
+        address = _url(base, place)
+        got = _fetch_url(address, file, target, expected, spare)
+    else:
+        with files.written_whole(target) as part:
+            address, got = _packed(base, place, part) if path is None else _copied(path, part, expected)
+            if fault := _fault(address, file, part, got, expected):
+                raise TransferError(fault)
     print(f"{target}: {target.stat().st_size:,} bytes from {address}")
+    if expected is None:
+        print(f"{file.name}: data.checksums does not say what it must be; it is {got}")
+    return got
+
+
+def _fetch_url(url: str, file: SourceFile, target: Path, expected: str | None, spare: bool) -> str:
+    with PartFile(target) as part:
+        while True:
+            got = http_transfer.fetch(url, part, expected, file.name, spare)
+            fault = _fault(url, file, part.path, got, expected)
+            if fault is None:
+                part.finish(target)
+                return got
+            continued = part.continued
+            part.begin({})
+            if not continued:
+                raise TransferError(fault)
+            print(f"{fault}\n{url}: some of these bytes came in an earlier run; all of it is fetched anew")
+
+
+def _fault(address: str, file: SourceFile, path: Path, got: str, expected: str | None) -> str | None:
+    """What is wrong with the bytes at `path`."""
+    if expected not in (None, got):
+        return (
+            f"{address}: checksum differs: params.yaml: data.checksums.{file.name} is {expected}, got {got}; "
+            "where these bytes are the right ones, `python -m pipeline.checksums` writes their checksums"
+        )
+    if expected is None and file.name.endswith(".zip"):
+        try:
+            with ImageArchive(path) as archive:
+                archive.check()
+        except ArchiveError as error:
+            return f"{address}: {error}"
+    return None
 
 
 # Single files --------------------------------------------------------------------------------------------------------
 
 
-def _copied(base: str, place: str, part: Path, algorithm: str) -> tuple[str, str]:
-    """Copies to `part`; (where from, checksum)."""
-    with _opened(base, place) as offer, part.open("wb") as written:
-        free = shutil.disk_usage(part.parent).free
-        if offer.size is not None and offer.size > free:
-            raise PipelineError(
-                f"{offer.address}: has {offer.size:,} bytes, {free:,} are free in {part.parent}; make room there"
-            )
-        return offer.address, _consumed(offer, Path(place).name, algorithm, written.write)
+def _url(base: str, place: str) -> str:
+    return f"{base.rstrip('/')}/{quote(place)}"
 
 
-def _consumed(offer: _Offer, label: str, algorithm: str, take: Callable[[bytes], object]) -> str:
-    """Hands every chunk to `take`; the checksum of all."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    try:
-        # disable=None: silent where standard error is no terminal
-        with tqdm(total=offer.size, desc=label, unit="B", unit_scale=True, disable=None) as progress:
-            for chunk in offer.chunks:
-                digest.update(chunk)
-                take(chunk)
-                progress.update(len(chunk))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise PipelineError(f"{offer.address}: the disk filled up; make room and run it again") from None
-        raise TransferError(f"{offer.address}: cannot be read: {error}") from None
-    return f"{algorithm}:{digest.hexdigest()}"
-
-
-def _opened(base: str, place: str) -> AbstractContextManager[_Offer]:
+def _local_file(base: str, place: str) -> Path | None:
+    """The file on this machine; None where `base` is http(s)."""
     folder = local_folder(base)
     if folder is None:
-        return _opened_url(f"{base.rstrip('/')}/{quote(place)}")
-    return _opened_file(folder, place)
-
-
-@contextlib.contextmanager
-def _opened_file(folder: Path, place: str) -> Iterator[_Offer]:
+        return None
     path = folder / place
     if not folder.is_dir():
         raise UnreachableError(f"{folder}: no such folder")
     if not path.is_file():
         raise TransferError(f"{path}: no such file")
-    with path.open("rb") as file:
-        yield _Offer(str(path), path.stat().st_size, iter(lambda: file.read(files.CHUNK), b""))
+    return path
 
 
-@contextlib.contextmanager
-def _opened_url(url: str) -> Iterator[_Offer]:
-    with requests.Session() as session:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=RETRIES))
-        try:  # identity: what arrives is the file itself, and its length the file's
-            response = session.get(url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
-        except requests.RequestException as error:
-            raise UnreachableError(f"{url}: no answer: {error}") from None
-        with response:
-            if response.status_code != HTTPStatus.OK:
-                raise TransferError(f"{url}: the server answers {response.status_code} {response.reason}")
-            length = response.headers.get("Content-Length", "")
-            yield _Offer(url, int(length) if length.isdigit() else None, _body(url, response))
+def _copied(path: Path, part: Path, expected: str | None) -> tuple[str, str]:
+    """Copies to `part`; (where from, checksum)."""
+    check_room(str(path), path.stat().st_size, 0, part.parent)
+    with part.open("wb") as written:
+        return str(path), _read(path, (expected or "sha256:").partition(":")[0], written.write)
 
 
-def _body(url: str, response: requests.Response) -> Iterator[bytes]:
+def _read(path: Path, algorithm: str, take: Callable[[bytes], object]) -> str:
+    """Hands every chunk to `take`; the checksum of all."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     try:
-        yield from response.iter_content(files.CHUNK)  # raises where less arrives than Content-Length says
-    except requests.RequestException as error:
-        raise TransferError(f"{url}: broke off: {error}") from None
+        # disable=None: silent where standard error is no terminal
+        with (
+            path.open("rb") as file,
+            tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None) as progress,
+        ):
+            while chunk := file.read(files.CHUNK):
+                digest.update(chunk)
+                take(chunk)
+                progress.update(len(chunk))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise PipelineError(f"{path}: the disk filled up; make room and run it again") from None
+        raise TransferError(f"{path}: cannot be read: {error}") from None
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 # Folders of images ---------------------------------------------------------------------------------------------------
@@ -209,6 +204,7 @@ def _body(url: str, response: requests.Response) -> Iterator[bytes]:
 def _packed(base: str, place: str, part: Path) -> tuple[str, str]:
     """Packs a folder into a stored zip, sorted by name and without dates; (where from, checksum)."""
     folder = _images_folder(base, place)
+    check_room(str(folder), sum(path.stat().st_size for path in _paths(folder)), 0, part.parent)
 
     def packed(archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
         for name, content in _contents(folder, base, place):
@@ -228,12 +224,18 @@ def _images_folder(base: str, place: str) -> Path:
     return below / place
 
 
+def _paths(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
 def _contents(folder: Path, base: str, place: str) -> Iterator[tuple[str, bytes]]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    named = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+    named = sorted((path.relative_to(folder).as_posix(), path) for path in _paths(folder))
     for name, path in tqdm(named, desc=place, unit="images", disable=None):
         try:
+            name.encode()
             yield name, path.read_bytes()
+        except UnicodeEncodeError:
+            raise TransferError(f"{base}: {place}: the file name {name!r} is not UTF-8; rename it") from None
         except OSError as error:
             raise TransferError(f"{base}: {path}: cannot be read: {error.strerror}") from None
 

@@ -1,10 +1,13 @@
-"""The page a person reads about a data set: one HTML file that opens offline, its charts drawn inside it."""
+"""The page a person reads about a data set: one HTML file that opens offline, charts and pictures inside it."""
 
+import base64
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+
+from pipeline.offender_pictures import Picture
 
 COLOURS = {"train": "#1f6feb", "val": "#d1570b", "test": "#2f7d32"}
 CLASSES_SHOWN = 100  # the most frequent
@@ -29,6 +32,9 @@ TEMPLATE = """\
   .failed { border-color: #c62828; background: #fdecea }
   td.ok { color: #2f7d32 } td.warning { background: #fdf6e3 } td.critical { background: #fdecea; font-weight: 600 }
   .note { color: #59636e }
+  figure { display: inline-block; margin: 0 1rem .6rem 0; vertical-align: top }
+  figcaption { color: #59636e; font-size: .85rem; line-height: 1.3; max-width: 23rem; overflow-wrap: anywhere }
+  td { overflow-wrap: anywhere }
   svg text { font: 12px system-ui, sans-serif; fill: #59636e }
 </style>
 <h1>Validation of the data set</h1>
@@ -57,10 +63,14 @@ quarantined below.{% endif %}</p>
 {% if failure.first %}<table>
 <thead><tr>{% for key in failure.first[0] %}<th>{{ key }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for record in failure.first %}<tr>{% for value in record.values() %}<td>{{ value }}</td>{% endfor %}</tr>
+{% for record in failure.first %}<tr>{% for value in record.values() %}
+{%- if value is float %}<td>{{ "{:.6g}".format(value) }}</td>{% else %}<td>{{ value }}</td>{% endif %}{% endfor %}</tr>
 {% endfor %}</tbody>
 </table>
-{% endif %}{% endfor %}
+{% endif %}{% for picture in failure.pictures %}<figure><img src="data:image/jpeg;base64,{{ picture.data }}" alt=""
+ width="{{ picture.width }}" height="{{ picture.height }}"><figcaption>{% for line in picture.lines %}{{ line }}
+{%- if not loop.last %}<br>{% endif %}{% endfor %}</figcaption></figure>
+{% endfor %}{% endfor %}
 <h2>Every check</h2>
 <table>
 <thead><tr><th>table</th><th>expected</th><th>severity</th>
@@ -75,6 +85,23 @@ quarantined below.{% endif %}</p>
 {% endfor %}</tbody>
 </table>
 
+<h2>Drift</h2>
+{% if drift.baseline %}<p class="note">Population stability index of each split against data_baseline.json, 0 where
+shares are the same, at most {{ drift.max_psi }} by validate.max_psi; below each the bin that moved most. A share below
+{{ "{:.2%}".format(drift.share_floor) }} counts as that. <code>python -m pipeline.data_baseline</code> accepts this data
+as the new baseline.</p>
+<table>
+<thead><tr><th></th>{% for split in splits %}<th>{{ split }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for name, cells in drift_rows %}<tr><td>{{ name }}</td>{% for cell in cells %}
+{%- if not cell %}<td class="note">not in the baseline</td>{% else -%}
+<td{% if cell.over %} class="{{ cell.severity }}"{% endif %}>{{ "{:.3f}".format(cell.psi) }}
+{%- for words in cell.words %}<br><span class="note">{{ words }}</span>{% endfor %}</td>{% endif %}{% endfor %}</tr>
+{% endfor %}</tbody>
+</table>
+{% else %}<p class="note">No baseline is accepted, so nothing was compared.
+<code>python -m pipeline.data_baseline</code> accepts this data as one.</p>
+{% endif %}
 <h2>Box sizes</h2>
 <p class="note">Share of each split's boxes by the side of a square of the same area, in pixels of the original.
 COCO calls boxes small below 32 and large from 96 on.</p>
@@ -111,8 +138,8 @@ stand in report.json.{% endif %}</p>
 """
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """The page of a report.json."""
+def page(report: Mapping[str, Any], pictures: Sequence[Sequence[Picture]]) -> str:
+    """The page of a report.json; `pictures` are those of each of its `failed`."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     severities = [failure["severity"] for failure in report["failed"] if not failure["quarantined"]]
     classes = sorted(report["classes"], key=lambda row: -row["boxes"]["train"])
@@ -125,13 +152,49 @@ def page(report: Mapping[str, Any]) -> str:
         checks=len(report["checks"]),
         splits=report["splits"],
         counts=list(report["splits"]["train"]),
-        failed=sorted(report["failed"], key=lambda failure: failure["severity"]),  # critical before warning
+        failed=sorted(
+            _with_pictures(report["failed"], pictures), key=lambda failure: failure["severity"]
+        ),  # critical first
         rows=_rows(report["checks"]),
+        drift=report["drift"],
+        drift_rows=_drift_rows(report["drift"], list(report["splits"])),
         chart=_size_chart(report["box_sizes"]),
         classes=_with_bars(classes[:CLASSES_SHOWN], classes),
         classes_left_out=max(0, len(classes) - CLASSES_SHOWN),
         bar_width=BAR_WIDTH,
     )
+
+
+def _with_pictures(failed: list[dict[str, Any]], pictures: Sequence[Sequence[Picture]]) -> list[dict[str, Any]]:
+    return [
+        {
+            **failure,
+            "pictures": [
+                {
+                    "data": base64.b64encode(picture.jpeg).decode(),
+                    "width": picture.width,
+                    "height": picture.height,
+                    "lines": picture.lines,
+                }
+                for picture in of_failure
+            ],
+        }
+        for failure, of_failure in zip(failed, pictures, strict=True)
+    ]
+
+
+def _drift_rows(drift: Mapping[str, Any], splits: list[str]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """Each quantity with a cell for every split, None where the baseline has no such split."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for split, rows in drift["splits"].items():
+        for row in rows:
+            cells.setdefault(row["quantity"], {})[split] = {
+                "psi": row["psi"],
+                "over": row["psi"] > drift["max_psi"] or row["class_problem"],
+                "severity": drift["severity"],
+                "words": [words for words in (row["moved_most"], row["class_problem"]) if words],
+            }
+    return [(quantity, [of_splits.get(split) for split in splits]) for quantity, of_splits in cells.items()]
 
 
 def _rows(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:

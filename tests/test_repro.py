@@ -139,6 +139,8 @@ def test_the_data_concerns_all(repository: Repository) -> None:
 
 def test_a_threshold_of_the_validation_trains_nothing(repository: Repository) -> None:
     repository.replace("params.yaml", "min_boxes_per_class: 5", "min_boxes_per_class: 1000")
+    repository.run("python", "-m", "pipeline.data_baseline")
+    assert '"classes"' in (repository.path / "data_baseline.json").read_text()
     assert repository.repro() == ["validate"]
 
 

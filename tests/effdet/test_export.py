@@ -1,5 +1,6 @@
 """The exports against the Keras model, loaded where nothing else is: outputs, sizes, batches, file formats, bytes."""
 
+import dataclasses
 import io
 import os
 import subprocess
@@ -26,12 +27,14 @@ from effdet.exported import is_exported, open_exported
 from effdet.model import build
 from effdet.postprocess import PostprocessConfig, detect
 from effdet.weights import assign, published_variables
+from tests.effdet.made_exif import TURNS, turned
 from tests.effdet.published import formula_array
 
 ROOT = Path(__file__).parents[2]
 CLASSES = Classes([5, PADDING, 9], ["cat", "", "dog"])
 D0 = ("efficientdet-d0", PostprocessConfig(score_threshold=0.6, max_detections=300))
 LITE0 = ("efficientdet-lite0", PostprocessConfig(method="hard", score_threshold=0.68))
+ORIENTATIONS = range(1, 9)
 pytestmark = pytest.mark.slow
 
 
@@ -66,20 +69,24 @@ def expected(model, config, postprocess, pixels):
     return {key: value.numpy()[0] for key, value in (heads | found).items()}
 
 
-@pytest.mark.parametrize(("name", "postprocess"), [D0, LITE0])
-def test_saved_model(tmp_path, name, postprocess):
+@pytest.mark.parametrize(("name", "postprocess", "apply_exif"), [(*D0, False), (*LITE0, True)])
+def test_saved_model(tmp_path, name, postprocess, apply_exif):
     model, config = made(name)
-    export_saved_model(tmp_path / "out", model, config, postprocess, CLASSES)
+    classes = dataclasses.replace(CLASSES, apply_exif=apply_exif)
+    export_saved_model(tmp_path / "out", model, config, postprocess, classes)
+    assert open_exported(tmp_path / "out").apply_exif == apply_exif
     signatures = tf.saved_model.load(str(tmp_path / "out")).signatures
     pictures = [
         picture(1, 100, 170, "JPEG"),
         picture(2, 240, 60, "PNG"),
         picture(3, 128, 128, "JPEG", "L"),
         picture(4, 50, 50, "PNG", "RGBA"),
+        *[turned(number, "<>"[number % 2], height=60, width=140, seed=number) for number in ORIENTATIONS],
     ]
     served = {key: value.numpy() for key, value in signatures[ENCODED_SIGNATURE](images=tf.constant(pictures)).items()}
     for place, encoded in enumerate(pictures):
-        keras_says = expected(model, config, postprocess, preprocess.decode(encoded).numpy())
+        turn = TURNS[ORIENTATIONS[place - 4] if apply_exif and place >= 4 else 1]
+        keras_says = expected(model, config, postprocess, turn(preprocess.decode(encoded).numpy()))
         assert_same({key: value[place] for key, value in served.items()}, keras_says)
     check_classes(served)
     with pytest.raises(tf.errors.InvalidArgumentError):
@@ -152,7 +159,8 @@ def test_onnx(tmp_path, name, postprocess):
 
 def test_onnx_says_what_it_is(tmp_path):
     path = tmp_path / "model.onnx"
-    export_onnx(path, *made("efficientdet-lite0"), LITE0[1], CLASSES)
+    export_onnx(path, *made("efficientdet-lite0"), LITE0[1], dataclasses.replace(CLASSES, apply_exif=True))
+    assert open_exported(path).apply_exif
     model = onnx.load(path)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", OPSET)]
     (pixels_in,) = model.graph.input

@@ -1,14 +1,16 @@
 """Batches of small shards: every pixel, box and id against what is computed by plain means."""
 
+import dataclasses
 import itertools
 import os
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
-from effdet import augment, input_pipeline, records, sampling
-from effdet.augment import Augmentation
+from effdet import augment, composites, input_pipeline, records, sampling
+from effdet.augment import Augmentation, RandAugment
 from effdet.boxes import PADDING
 from effdet.errors import EffdetError
 from effdet.input_pipeline import NO_IMAGE, evaluation_batches, train_batches
@@ -16,6 +18,9 @@ from effdet.input_pipeline import NO_IMAGE, evaluation_batches, train_batches
 SIZE = (64, 96)
 PLAIN = Augmentation(horizontal_flip=False, jitter_min=1.0, jitter_max=1.0)
 FULL = Augmentation(horizontal_flip=True, jitter_min=0.5, jitter_max=2.0)
+EVERYTHING = dataclasses.replace(
+    FULL, colour=0.5, rand_augment=RandAugment(2, 5.0), grid_mask=0.5, mosaic=0.5, mixup=0.5
+)
 HEIGHT, WIDTH = 60, 80
 
 
@@ -52,11 +57,23 @@ def shards(tmp_path_factory):
     return [write(folder / f"{i}.tfrecord", map(example, part)) for i, part in enumerate(parts)]
 
 
-def train(paths, steps, start_step=0, batch_size=4, rank=0, num_ranks=1, augmentation=FULL, seed=1, workers=2):
+def train(
+    paths,
+    steps,
+    start_step=0,
+    batch_size=4,
+    rank=0,
+    num_ranks=1,
+    augmentation=FULL,
+    seed=1,
+    workers=2,
+    entries=None,
+    max_boxes=3,
+):
     dataset = train_batches(
         paths,
         image_size=SIZE,
-        max_boxes=3,
+        max_boxes=max_boxes,
         batch_size=batch_size,
         rank=rank,
         num_ranks=num_ranks,
@@ -64,6 +81,7 @@ def train(paths, steps, start_step=0, batch_size=4, rank=0, num_ranks=1, augment
         start_step=start_step,
         augmentation=augmentation,
         workers=workers,
+        entries=entries,
     )
     return list(itertools.islice(dataset.as_numpy_iterator(), steps))
 
@@ -274,3 +292,173 @@ def test_no_record_is_named(tmp_path):
         input_pipeline.Shards([write(tmp_path / "empty.tfrecord", [])])
     with pytest.raises(EffdetError, match="no file"):
         input_pipeline.Shards([])
+
+
+# The entries of an epoch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_epoch_shows_each_entry_of_the_list_once(shards):
+    # 14 entries, 4 a step: 7 steps are 2 epochs
+    entries = np.array([0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 10])
+    batches = train(shards, steps=7, entries=entries)
+    ids = joined(batches, "image_id").reshape(2, 14)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), [100 + entries] * 2)
+    # copies of a record are placed each in its way
+    assert len(np.unique(joined(batches, "scale")[ids.ravel() == 110])) == 6
+
+
+@pytest.mark.slow
+def test_each_record_once_is_the_same_as_no_list(shards):
+    assert_equal_batches(train(shards, 3), train(shards, 3, entries=np.arange(11)))
+
+
+@pytest.mark.parametrize("entries", [[0, 11], [-1, 3]])
+def test_entries_without_a_record_are_named(shards, entries):
+    with pytest.raises(EffdetError, match=r"expected numbers of the 11 records, 0 to 10, got (0 to 11|-1 to 3)"):
+        train(shards, 1, entries=np.array(entries))
+
+
+# Everything that is off by default ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def everything(shards):
+    """Six steps of four samples each."""
+    return train(shards, 6, augmentation=EVERYTHING)
+
+
+@pytest.mark.slow
+def test_every_kind_of_sample_is_well_formed(everything, shards):
+    assert_equal_batches(everything, train(shards, 6, augmentation=EVERYTHING, workers=4))
+    sizes, boxes, class_ids = (joined(everything, key) for key in ("content_size", "boxes", "class_ids"))
+    assert ((sizes >= 1) & (sizes <= SIZE)).all()
+    assert {image.dtype for image in joined(everything, "image")} == {np.dtype(np.uint8)}
+    for image, (height, width) in zip(joined(everything, "image"), sizes, strict=True):
+        assert not image[height:].any()
+        assert not image[:, width:].any()
+        assert image[height - 1].any()  # no row or column of padding counts as picture
+        assert image[:, width - 1].any()
+        assert len(np.unique(image[:height, :width])) > 20
+    present = class_ids != PADDING
+    assert (np.diff(present.astype(int), axis=1) <= 0).all()  # in front
+    assert not boxes[~present].any()
+    assert (boxes[present][:, 2:] > boxes[present][:, :2]).all()
+    assert (boxes.min() >= 0) & (boxes <= np.tile(sizes, 2)[:, None]).all()
+    _, own = sampling.entries(1, 11, np.arange(24))
+    np.testing.assert_array_equal(joined(everything, "image_id"), 100 + own)
+
+
+@pytest.mark.slow
+def test_ranks_and_a_later_start_change_no_sample(everything, shards):
+    """Two ranks of two samples a step, from step 2 on."""
+    ranks = [train(shards, 4, 2, 2, rank, 2, augmentation=EVERYTHING) for rank in (0, 1)]
+    both = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*ranks, strict=True)]
+    assert_equal_batches(everything[2:], both)
+
+
+@pytest.mark.slow
+def test_a_later_start_reads_only_what_its_own_samples_need(tmp_path):
+    """Of mosaics and mixtures, too: every other record is damaged."""
+    path = write(tmp_path / "a.tfrecord", map(example, range(40)))
+    augmentation = dataclasses.replace(FULL, mosaic=0.6, mixup=0.5)
+    complete = train([path], 10, augmentation=augmentation)[8:]
+    chosen, _ = composites.choose(1, np.arange(32, 40), 40, augmentation)
+    needed = np.setdiff1d(chosen, composites.EMPTY)
+    assert 10 < len(needed) < 35
+    content = bytearray(path.read_bytes())
+    for offset, length in np.delete(records.record_spans(path), needed, axis=0):
+        content[offset : offset + length] = b"\xff" * length
+    path.write_bytes(content)
+    assert_equal_batches(complete, train([path], 2, start_step=8, augmentation=augmentation))
+    with pytest.raises(tf.errors.OpError, match="is damaged"):
+        train([path], 1, augmentation=augmentation)
+
+
+def white_rectangle():
+    rectangle = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    rectangle[12:40, 20:50] = 255
+    return example(0, tf.io.encode_png(rectangle).numpy(), boxes=[(12, 20, 40, 50)])
+
+
+def inside(boxes, margin):
+    """Which pixels of the input lie in a box, with `margin` pixels around it: bool [H, W]."""
+    rows, columns = (np.arange(size) + 0.5 for size in SIZE)
+    found = np.zeros(SIZE, bool)
+    for top, left, bottom, right in boxes:
+        down, across = (
+            (at > low - margin) & (at < high + margin)
+            for at, low, high in ((rows, top, bottom), (columns, left, right))
+        )
+        found |= down[:, None] & across
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "dark"),
+    [
+        ({"mosaic": 1.0}, 114),  # what is no picture is grey
+        ({"mixup": 1.0}, 57),  # half of it
+        ({"rand_augment": RandAugment(2, 4.0, ("rotate", "shear_x", "translate_y"))}, 114),
+    ],
+)
+def test_boxes_stay_on_their_objects_in_every_composition(tmp_path, options, dark):
+    """One record alone: a white rectangle on black, in every quarter and on both sides of a mixture."""
+    path = write(tmp_path / "a.tfrecord", [white_rectangle()])
+    augmentation = dataclasses.replace(FULL, jitter_min=0.7, jitter_max=1.3, **options)
+    found = 0
+    for batch in train([path], steps=5, augmentation=augmentation, batch_size=8, max_boxes=4):
+        for image, boxes, ids in zip(batch["image"], batch["boxes"], batch["class_ids"], strict=True):
+            boxes = boxes[ids != PADDING]
+            assert image[~inside(boxes, 1)].max(initial=0) <= dark
+            if "rand_augment" not in options:  # a turned rectangle does not fill its box
+                assert image[inside(boxes, -1)].min(initial=255) >= (127 if "mixup" in options else 255)
+            found += len(boxes)
+    assert found > 30
+
+
+# Pictures that are turned ---------------------------------------------------------------------------------------------
+
+TURNS = {  # how Pillow undoes an orientation: the method that makes the upright picture of the stored one
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turned_and_upright(number, orientation, dct_method):
+    """The same picture as a JPEG that is to be turned, and as an upright PNG."""
+    stored = tf.io.decode_jpeg(jpeg(number), channels=3, dct_method=dct_method).numpy()
+    turn = TURNS[orientation]
+    upright = stored if turn is None else np.asarray(Image.fromarray(stored).transpose(turn))
+    size, boxes = upright.shape[:2], [(6, 8, 30, 40)]
+    png = tf.io.encode_png(upright).numpy()
+    of_jpeg, of_png = (
+        records.encode_example(encoded, 100 + number, *size, boxes, [0], [0], [1.0], turn_by)
+        for encoded, turn_by in ((jpeg(number), orientation), (png, 1))
+    )
+    return of_jpeg, of_png
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [train, evaluation])
+def test_pictures_are_turned_as_their_records_say(tmp_path, of):
+    dct_method = "INTEGER_ACCURATE" if of is train else ""
+    pairs = [turned_and_upright(number, number, dct_method) for number in TURNS]
+    paths = [write(tmp_path / f"{i}.tfrecord", [pair[i] for pair in pairs]) for i in (0, 1)]
+    options = {"steps": 4} if of is train else {}
+    turned, upright = (of([path], batch_size=8, **options) for path in paths)
+    for one, other in zip(turned, upright, strict=True):
+        # interpolated from the other end, a value may fall on the other side of a half
+        difference = np.abs(one["image"].astype(float) - other["image"].astype(float))
+        assert difference.max() <= (1 if of is train else 1e-3)
+        assert difference.mean() < 0.01
+        for key in ("content_size", "boxes", "class_ids", "image_id", "scale"):
+            np.testing.assert_array_equal(one[key], other[key], key)
+    assert len(turned) == (4 if of is train else 1)

@@ -1,12 +1,13 @@
-"""Evaluation's preprocessing against the reference's pixels, and its sizes and padding."""
+"""Evaluation's preprocessing against the reference's pixels, its sizes and padding; and turns by EXIF."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from effdet.config import model_config
-from effdet.preprocess import decode, fit, normalize, resize
+from effdet.preprocess import decode, fit, normalize, orientation, resize, upright
 from tests.effdet import golden
+from tests.effdet.made_exif import DAMAGED, TURNS, WHOLE, jpeg, turned
 
 D0 = model_config("efficientdet-d0", 90)
 IMAGE = "000000005001"
@@ -94,3 +95,50 @@ def test_fit_is_resize_for_a_batch(size):
 def test_decode_takes_what_pictures_come_as():
     for encoded in (tf.io.encode_jpeg(np.zeros((4, 6, 1), np.uint8)), tf.io.encode_png(np.zeros((4, 6, 4), np.uint8))):
         assert decode(encoded).shape == (4, 6, 3)
+
+
+# EXIF -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_orientation_eager_and_in_tf_data():
+    numbers = {
+        **{(number, order): number for number in range(1, 9) for order in "<>"},
+        **dict.fromkeys(WHOLE, 6),
+        **dict.fromkeys(DAMAGED, 1),
+        "none": 1,
+    }
+    files = [*(turned(number, order) for number in range(1, 9) for order in "<>"), *WHOLE.values(), *DAMAGED.values()]
+    dataset = tf.data.Dataset.from_tensor_slices([*files, jpeg()]).map(orientation)
+    assert dataset.element_spec == tf.TensorSpec([], tf.int32)
+    assert dict(zip(numbers, (int(number) for number in dataset), strict=True)) == numbers
+    for file, expected in ((turned(8, ">"), 8), (jpeg(), 1), (b"", 1)):
+        found = orientation(file)
+        assert (found.dtype, found.shape, int(found)) == (tf.int32, (), expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "rows"),
+    [
+        (1, ["abc", "def"]),
+        (2, ["cba", "fed"]),
+        (3, ["fed", "cba"]),
+        (4, ["def", "abc"]),
+        (5, ["ad", "be", "cf"]),
+        (6, ["da", "eb", "fc"]),  # the first row becomes the right side
+        (7, ["fc", "eb", "da"]),
+        (8, ["cf", "be", "ad"]),  # the first row becomes the left side
+    ],
+)
+def test_upright_by_hand(number, rows):
+    stored, expected = (np.array([list(row.encode()) for row in r], np.uint8) for r in (["abc", "def"], rows))
+    found = upright(np.repeat(stored[..., None], 3, 2), tf.constant(number))
+    np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, 2))
+    np.testing.assert_array_equal(TURNS[number](stored), expected)  # what other tests compare with
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_decode_turns_on_request_alone(number):
+    stored = tf.image.decode_image(jpeg(), channels=3, expand_animations=False).numpy()
+    np.testing.assert_array_equal(decode(turned(number)), stored)
+    np.testing.assert_array_equal(decode(turned(number), apply_exif=True), TURNS[number](stored))

@@ -58,6 +58,7 @@ def check_parsed(parsed: dict[str, tf.Tensor]) -> None:
     assert parsed["image_id"].numpy().tolist() == [3, 4]
     assert parsed["height"].numpy().tolist() == [480, 480]
     assert parsed["width"].numpy().tolist() == [640, 640]
+    assert parsed["orientation"].numpy().tolist() == [1, 1]
     np.testing.assert_array_equal(parsed["boxes"][0], [*BOXES.tolist(), [0, 0, 0, 0]])
     np.testing.assert_array_equal(parsed["boxes"][1], np.zeros([3, 4]))
     np.testing.assert_array_equal(parsed["class_ids"], [[0, 300, -1], [-1, -1, -1]])
@@ -84,6 +85,20 @@ def test_parse_leaves_out_objects_beyond_max_boxes() -> None:
 def test_objects_that_do_not_match_are_named() -> None:
     with pytest.raises(EffdetError, match="image 5: got 2 boxes, 1 class ids, 2 crowd marks and 2 areas"):
         records.encode_example(PICTURE, 5, 10, 10, BOXES, [1], [0, 0], [1, 1])
+
+
+def test_orientation_is_written_where_it_says_something() -> None:
+    def oriented(orientation: int) -> bytes:
+        return records.encode_example(PICTURE, 7, 480, 640, BOXES, [0, 300], [0, 1], [99.5, 2e9], orientation)
+
+    assert oriented(1) == example()
+    feature = tf.train.Example.FromString(oriented(8)).features.feature
+    assert feature["image/orientation"].int64_list.value[:] == [8]
+    parsed = records.parse_examples(tf.constant([oriented(8), example()]), max_boxes=2)["orientation"]
+    assert (parsed.dtype, parsed.numpy().tolist()) == (tf.int32, [8, 1])
+    for wrong in (0, 9):
+        with pytest.raises(EffdetError, match=f"image 7: expected an EXIF orientation of 1 to 8, got {wrong}"):
+            oriented(wrong)
 
 
 def test_framing_is_what_tensorflow_writes_and_reads(tmp_path: Path) -> None:

@@ -91,3 +91,41 @@ def test_global_batch_larger_than_the_data_set():
 def test_no_record_is_named():
     with pytest.raises(EffdetError, match="no record"):
         sampling.entries(1, 0, np.arange(4))
+
+
+# Repeat factor --------------------------------------------------------------------------------------------------------
+
+
+def test_repeat_factors_by_hand():
+    # class 0 in 8 of 8 images, 1 in 2, 2 in 1; threshold 0.5: sqrt(0.5 / 0.25) and sqrt(0.5 / 0.125)
+    classes = [[0, 1, 2], [0, 1], *([[0]] * 6)]
+    np.testing.assert_allclose(sampling.repeat_factors(classes, 0.5), [2, 2**0.5, *([1] * 6)])
+    np.testing.assert_array_equal(sampling.repeat_factors([[], [3]], 0.001), [1, 1])  # no object: once
+    np.testing.assert_array_equal(sampling.repeat_factors(classes, 0.0), [1] * 8)
+
+
+def test_index_list_repeats_by_the_factor():
+    factors = np.array([1.0, 2.0, 1.5, 3.25] * 1000)
+    entries = sampling.index_list(1, factors)
+    assert entries.dtype == np.int64
+    assert (np.diff(entries) >= 0).all()
+    counts = np.bincount(entries, minlength=4000).reshape(-1, 4)
+    np.testing.assert_array_equal(counts[:, :2], [[1, 2]] * 1000)
+    assert set(counts[:, 2]) == {1, 2}
+    assert set(counts[:, 3]) == {3, 4}
+    np.testing.assert_allclose(counts.mean(axis=0), factors[:4], atol=0.065)  # 4 standard deviations of 0.0158
+
+
+def test_index_list_depends_on_the_seed_alone():
+    factors = np.full(1000, 1.5)
+    np.testing.assert_array_equal(sampling.index_list(1, factors), sampling.index_list(1, factors))
+    # a record's chance is its own: others that come behind it change nothing
+    np.testing.assert_array_equal(
+        sampling.index_list(1, factors[:300]),
+        sampling.index_list(1, factors)[:450][sampling.index_list(1, factors)[:450] < 300],
+    )
+    assert len(np.setdiff1d(*(np.flatnonzero(np.bincount(sampling.index_list(seed, factors)) == 2) for seed in (1, 2))))
+
+
+def test_every_record_once_without_rare_classes():
+    np.testing.assert_array_equal(sampling.index_list(1, np.ones(7)), np.arange(7))

@@ -4,7 +4,7 @@ import io
 import json
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from effdet.boxes import yxyx_to_xywh
 from effdet.config import model_config
@@ -29,21 +29,29 @@ STEADY_NMS = {"method": "hard", "iou_threshold": 0.8, "score_threshold": 0.25, "
 PROVENANCE = {"versions": {"python": "3"}}
 
 
-def picture(rng, kind="JPEG"):
+def picture(rng, kind="JPEG", orientation=1):
+    """A file with this EXIF orientation, and the height and width of the picture that it turns into."""
     height, width = (int(side) for side in rng.integers(60, 200, 2))
     rough = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(rough).resize((width, height)).save(file, kind)
-    return file.getvalue(), height, width
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    options = {} if orientation == 1 else {"exif": tags}
+    Image.fromarray(rough).resize((width, height)).save(file, kind, **options)
+    return (file.getvalue(), height, width) if orientation < 5 else (file.getvalue(), width, height)
 
 
-def write_split(folder, split, num_images, seed):
-    """The split's shard and ground truth; its part of the manifest. Image 1 of each is a PNG, image 2 has no object."""
+def write_split(folder, split, num_images, seed, apply_exif):
+    """The split's shard and ground truth; its part of the manifest. Image 1 of each is a PNG, image 2 has no object.
+
+    With apply_exif the JPEGs have the orientations 8, 6, 5, ... 1, 8 and so on.
+    """
     rng = np.random.default_rng(seed)
     images, annotations, records = [], [], []
     for number in range(num_images):
         image_id = 100 * seed + number
-        encoded, height, width = picture(rng, "PNG" if number == 1 else "JPEG")
+        orientation = 8 - number % 8 if apply_exif and number != 1 else 1
+        encoded, height, width = picture(rng, "PNG" if number == 1 else "JPEG", orientation)
         count = 0 if number == 2 else int(rng.integers(1, 4))
         corners = rng.uniform(0, 0.5, (count, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(0.1, 0.5, (count, 2))], axis=1)
@@ -52,7 +60,8 @@ def write_split(folder, split, num_images, seed):
         crowd = (rng.random(count) < 0.2).astype(int)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         class_ids = [CLASSES[row]["class_id"] for row in rows]
-        records.append(encode_example(encoded, image_id, height, width, boxes, class_ids, crowd, area))
+        record = encode_example(encoded, image_id, height, width, boxes, class_ids, crowd, area, orientation)
+        records.append(record)
         images.append({"id": image_id, "file_name": f"{image_id}.jpg", "height": height, "width": width})
         for box, row, is_crowd, square in zip(boxes, rows, crowd, area, strict=True):
             annotations.append(
@@ -81,11 +90,22 @@ def write_split(folder, split, num_images, seed):
     }
 
 
-def write_shards(folder, splits):
+def write_shards(folder, splits, apply_exif=False):
     """data/shards with these splits: name -> number of images."""
     folder.mkdir(parents=True)
-    parts = {split: write_split(folder, split, count, 1 + seed) for seed, (split, count) in enumerate(splits.items())}
-    manifest = {"format": 1, "num_classes": HEAD, "classes": CLASSES, "max_boxes": 10, "splits": parts, "source": {}}
+    parts = {
+        split: write_split(folder, split, count, 1 + seed, apply_exif)
+        for seed, (split, count) in enumerate(splits.items())
+    }
+    manifest = {
+        "format": 1,
+        "num_classes": HEAD,
+        "classes": CLASSES,
+        "max_boxes": 10,
+        "apply_exif": apply_exif,
+        "splits": parts,
+        "source": {},
+    }
     write_json(folder / "manifest.json", manifest)
 
 
@@ -106,10 +126,11 @@ def steady(arrays):
     return arrays
 
 
-def write_trained(folder, name="efficientdet-lite0", change=lambda arrays: arrays):
+def write_trained(folder, name="efficientdet-lite0", change=lambda arrays: arrays, apply_exif=False):
     """data/model with these weights."""
     folder.mkdir(parents=True)
     config = model_config(name, HEAD, (SIDE, SIDE))
     arrays = change(weights(build(config)))
-    write_model(folder, config, class_rows(CLASSES), arrays, kind="ema", epoch=3, step=30, selected_by="val AP")
+    kept = {"kind": "ema", "epoch": 3, "step": 30, "selected_by": "val AP"}
+    write_model(folder, config, class_rows(CLASSES), arrays, **kept, apply_exif=apply_exif)
     (folder / "provenance.json").write_text(json.dumps(PROVENANCE))

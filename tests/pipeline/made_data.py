@@ -3,23 +3,32 @@
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from ruamel.yaml import YAML
+
+from pipeline.coco import ImageArchive
+from pipeline.image_files import FileFacts, inspect
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 
-def picture(number: int, kind: str = "JPEG", width: int = 64, height: int = 48) -> bytes:
-    """A picture of its own for each number."""
+def picture(
+    number: int, kind: str = "JPEG", width: int = 64, height: int = 48, mode: str = "RGB", orientation: int = 1
+) -> bytes:
+    """A picture of its own for each number, of that EXIF orientation unless it is 1."""
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **({"exif": exif} if orientation > 1 else {}))
     return buffer.getvalue()
 
 
@@ -28,6 +37,12 @@ def annotation(number: int, image_id: int, **other: Any) -> dict[str, Any]:
     box = other.get("bbox", [4.5, 6, 20, 10])
     standard = {"category_id": 3, "bbox": box, "area": 0.5 * box[2] * box[3], "iscrowd": 0}
     return {"id": number, "image_id": image_id, **standard, **other}
+
+
+def facts(archive: ImageArchive, file_names: Sequence[str], decode: bool = False) -> pd.DataFrame:
+    """What pipeline.image_files.file_facts gives of these files, without its processes."""
+    found = inspect(archive, [(name, decode) for name in file_names])
+    return pd.DataFrame(found, columns=list(FileFacts._fields), dtype=object)
 
 
 @dataclass

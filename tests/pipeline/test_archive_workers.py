@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,49 @@ def die(archive: ImageArchive, number: int) -> None:
 def test_killed_process_is_named_as_such(archive: Path) -> None:
     with pytest.raises(PipelineError, match=r"a\.zip: a process that read it was killed.*loader_workers"):
         list(over_archive(archive, 2, die, range(4)))
+
+
+PARENT = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.archive_workers import over_archive
+from tests.pipeline.test_archive_workers import count_up, processes
+
+results = over_archive(Path(sys.argv[1]), 2, count_up, range(4))
+print(*processes(os.getpid()) if next(results) else (), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def count_up(archive: ImageArchive, number: int) -> bool:
+    return number >= 0
+
+
+def processes(parent: int) -> list[str]:
+    """The ids of its children."""
+    return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(archive: Path) -> None:
+    """They wait for tasks at a pipe whose other end they hold themselves."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    output = archive.with_name("output")  # a pipe would stay open as long as they live
+    with output.open("w") as file:
+        command = [sys.executable, "-c", PARENT, str(archive)]
+        killed = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    workers = [Path("/proc", process) for process in output.read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
+
+
+def is_alive(process: Path) -> bool:
+    """Not gone, and not waiting for whoever is to fetch its exit status."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -17,6 +17,7 @@ SPLITS = """\
     images: pictures
   test: null
 """
+REST = "  apply_exif: false\n  max_images: null\n"
 OLD = "md5:" + 32 * "0"
 
 
@@ -39,12 +40,14 @@ def here(tmp_path: Path, own_data: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         ("  checksums: {}\n", "  checksums:\n"),
         ("  checksums: {}   # as they came\n", "  checksums:      # as they came\n"),
         (f"  checksums: {{train.zip: {OLD}}}\n", "  checksums:\n"),
+        ("  checksums: {train.zip: null}\n", "  checksums:\n"),
+        ("  checksums:\n    train.zip: null\n    b:\n", "  checksums:\n"),
         (f"  checksums:   # as they came\n    train.zip: {OLD}\n    b: {OLD}\n", "  checksums:   # as they came\n"),
     ],
 )
 def test_only_the_checksums_change(here: Path, before: str, key_line: str, capsys: pytest.CaptureFixture[str]) -> None:
     head = f"data:\n  source: coco_format\n  base_url: own   # mine\n{SPLITS}"
-    tail = "  # of a split\n  max_images: null\n\n"
+    tail = f"  # of a split\n{REST}\n"
     Path("params.yaml").write_text(with_data(head + before + tail))
     checksums.main()
     data = params.load().data
@@ -62,7 +65,7 @@ def test_only_the_checksums_change(here: Path, before: str, key_line: str, capsy
 
 
 def test_changed_data_is_another_checksum(here: Path) -> None:
-    head = f"data:\n  source: coco_format\n  base_url: own\n{SPLITS}  max_images: null\n  checksums: {{}}\n"
+    head = f"data:\n  source: coco_format\n  base_url: own\n{SPLITS}{REST}  checksums: {{}}\n"
     Path("params.yaml").write_text(with_data(head))
     checksums.main()
     before = params.load().data.checksums
@@ -92,7 +95,7 @@ def test_checksums_amid_a_line_are_left_alone(tmp_path: Path) -> None:
 def test_a_missing_file_leaves_params_as_they_are(here: Path) -> None:
     (here / "own" / "train.zip").unlink()
     Path("params.yaml").write_text(
-        with_data(f"data:\n  source: coco_format\n  base_url: own\n{SPLITS}  max_images: null\n  checksums: {{}}\n")
+        with_data(f"data:\n  source: coco_format\n  base_url: own\n{SPLITS}{REST}  checksums: {{}}\n")
     )
     before = Path("params.yaml").read_bytes()
     with pytest.raises(PipelineError, match=r"own/train\.zip: no such file"):

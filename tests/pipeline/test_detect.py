@@ -134,11 +134,11 @@ def workplace(tmp_path_factory):
     """A folder with params.yaml, data/model and pictures of several kinds, one of them broken."""
     root = tmp_path_factory.mktemp("detect")
     shutil.copy(ROOT / "params.yaml", root)
-    write_trained(root / "data" / "model")
+    write_trained(root / "data" / "model", apply_exif=True)
     rng = np.random.default_rng(4)
     (root / "pics" / "deep").mkdir(parents=True)
-    for name in ("a.jpg", "b.JPEG", "deep/a.jpg", "e.jpg"):
-        (root / "pics" / name).write_bytes(picture(rng)[0])
+    for name, orientation in (("a.jpg", 1), ("b.JPEG", 6), ("deep/a.jpg", 1), ("e.jpg", 4)):
+        (root / "pics" / name).write_bytes(picture(rng, orientation=orientation)[0])
     with Image.open(io.BytesIO(picture(rng)[0])) as image:
         for name, mode in (("c.png", "RGBA"), ("deep/grey.png", "L"), ("deep/print.jpg", "CMYK")):
             image.convert(mode).save(root / "pics" / name)
@@ -204,10 +204,13 @@ def test_results_are_those_of_evaluation(workplace, images_run):
         (8, "deep/print.jpg"),
     ]
     pictures = {
-        image["id"]: decode_picture((workplace / image["source"]).read_bytes(), image["source"]) for image in images
+        image["id"]: decode_picture((workplace / image["source"]).read_bytes(), image["source"], True)
+        for image in images
     }
     for image in images:
         assert pictures[image["id"]].shape == (image["height"], image["width"], 3)
+    with Image.open(workplace / images[1]["source"]) as stored:
+        assert stored.size == (images[1]["height"], images[1]["width"])  # a turn to the side
     expected = found_by(workplace, pictures, 0.25)
     assert {row["image_id"] for row in expected} >= {1, 2, 5, 6}
     assert json.loads((out / "detections.json").read_text()) == expected
@@ -222,7 +225,7 @@ def test_pictures_keep_size_and_kind_and_show_the_boxes(workplace, images_run):
             assert image.size == (entry["width"], entry["height"])
             assert image.format == ("PNG" if entry["file_name"].endswith("png") else "JPEG")
             drawn = np.asarray(image.convert("RGB")).astype(int)
-        plain = decode_picture((workplace / entry["source"]).read_bytes(), entry["source"])
+        plain = decode_picture((workplace / entry["source"]).read_bytes(), entry["source"], True)
         difference = abs(drawn - plain).max()
         assert (difference > 60) == any(row["image_id"] == entry["id"] for row in results), entry
 

@@ -144,7 +144,14 @@ def test_export_in_place_of_a_model(tmp_path):
     assert [here.scores.tolist() for here in found] == [[0.25], [0.5], [0.75]]
     assert [here.boxes.tolist() for here in found] == [[[0, 0, 4, 6]], [[0, 0, 8, 2]], [[0, 0, 4, 6]]]
     assert coco_rows(5, found[1], detector.classes)[0]["category_id"] == 9
-    for options in ({"name": "efficientdet-d0"}, {"image_size": (64, 64)}, {"classes": tmp_path}, {"ema": False}):
+    assert not detector.apply_exif
+    for options in (
+        {"name": "efficientdet-d0"},
+        {"image_size": (64, 64)},
+        {"classes": tmp_path},
+        {"ema": False},
+        {"apply_exif": True},
+    ):
         with pytest.raises(PipelineError, match=r"my-model: an exported model brings its .* leave out --model"):
             open_detector(str(tmp_path / "my-model"), NMS, **options)
 

@@ -13,8 +13,8 @@ from pipeline import checksums, params, transfer
 from pipeline.coco import AnnotationError, ArchiveError, ImageArchive, read_annotations
 from pipeline.download import download
 from pipeline.errors import PipelineError
+from pipeline.http_transfer import TransferError
 from pipeline.params import Coco2017Data, CocoFormatData, SplitFiles, SyntheticData
-from pipeline.transfer import TransferError
 
 Serve = Callable[[Path], Any]
 
@@ -32,6 +32,7 @@ def own(base: object, **changes: Any) -> CocoFormatData:
         "train": SplitFiles(annotations="instances_train.json", images="train.zip"),
         "val": SplitFiles(annotations="instances_val.json", images="val.zip"),
         "test": None,
+        "apply_exif": False,
         "max_images": None,
         "checksums": {},
         **changes,
@@ -41,7 +42,8 @@ def own(base: object, **changes: Any) -> CocoFormatData:
 
 
 def coco2017(base: object, **changes: Any) -> Coco2017Data:
-    fields = {"source": "coco2017", "base_url": str(base), "max_images": None, "checksums": {}, **changes}
+    fields = {"source": "coco2017", "base_url": str(base), "apply_exif": False, "max_images": None, "checksums": {}}
+    fields |= changes
     data = Coco2017Data(**fields)
     return data if data.checksums else Coco2017Data(**{**fields, "checksums": checksums.compute(data)})
 
@@ -60,7 +62,7 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_synthetic(raw: Path) -> None:
-    data = SyntheticData(source="synthetic", seed=3, train_images=6, val_images=3, max_images=4)
+    data = SyntheticData(source="synthetic", seed=3, train_images=6, val_images=3, apply_exif=False, max_images=4)
     download(data, [], raw)
     first = tree(raw)
     assert set(first) == {
@@ -175,6 +177,64 @@ def test_files_of_another_source_and_of_a_killed_run_go(own_data: Path, raw: Pat
     ]
 
 
+# Files without a checksum
+
+
+def unknown(base: object, **changes: Any) -> CocoFormatData:
+    names = ("instances_train.json", "train.zip", "instances_val.json", "val.zip")
+    return own(base, checksums=dict.fromkeys(names), **changes)
+
+
+def test_what_came_without_a_checksum_stays(own_data: Path, raw: Path, serve: Serve) -> None:
+    server = serve(own_data)
+    data = unknown(server.url)
+    download(data, [], raw)
+    assert len(server.asked) == 4
+    found = json.loads((raw / "source" / "checksums.json").read_text())
+    assert found == {"base_url": server.url, "checksums": own(own_data).checksums}
+    before = tree(raw)
+    download(data, ["/no/such/mirror"], raw)
+    assert len(server.asked) == 4
+    assert tree(raw) == before
+    (raw / "val.zip").write_bytes(b"damaged")
+    download(data, [], raw)
+    assert server.asked[4:] == ["/val.zip"]
+    assert tree(raw) == before
+
+
+def test_without_a_checksum_another_address_is_asked(own_data: Path, raw: Path, serve: Serve) -> None:
+    download(unknown(own_data), [], raw)
+    server = serve(own_data)
+    download(unknown(server.url), [], raw)
+    assert len(server.asked) == 4
+    train, val = (
+        SplitFiles(annotations=f"instances_{split}.json", images=f"{split}.zip") for split in ("val", "train")
+    )
+    download(unknown(server.url, train=train, val=val), [], raw)
+    assert (raw / "val.zip").read_bytes() == (own_data / "train.zip").read_bytes()
+    assert (raw / "train.zip").read_bytes() == (own_data / "val.zip").read_bytes()
+
+
+def test_a_run_that_stopped_keeps_what_came_without_a_checksum(own_data: Path, raw: Path, serve: Serve) -> None:
+    server = serve(own_data)
+    (own_data / "val.zip").rename(own_data / "later")
+    with pytest.raises(TransferError, match=r"/val\.zip: the server answers 404"):
+        download(unknown(server.url), [], raw)
+    (own_data / "later").rename(own_data / "val.zip")
+    server.asked.clear()
+    download(unknown(server.url), [], raw)
+    assert server.asked == ["/val.zip"]
+
+
+def test_checksums_that_are_set_ask_for_nothing(own_data: Path, raw: Path, serve: Serve) -> None:
+    server = serve(own_data)
+    download(unknown(server.url), [], raw)
+    data = own(own_data)
+    download(own(server.url, checksums=data.checksums), [], raw)
+    assert len(server.asked) == 4
+    assert not (raw / "source" / "checksums.json").exists()
+
+
 # max_images
 
 
@@ -226,7 +286,7 @@ def test_a_missing_checksum_names_the_command(own_data: Path, raw: Path) -> None
         download(own(own_data, checksums={**some, "old.zip": some["train.zip"]}), [], raw)
     assert str(error.value) == (
         "params.yaml: data.checksums: no checksum of val.zip; old.zip is no file of this source; "
-        "`python -m pipeline.checksums` writes them from the files at data.base_url"
+        "`python -m pipeline.checksums` writes them from the files at data.base_url; null takes whatever comes"
     )
     assert not raw.exists()
 

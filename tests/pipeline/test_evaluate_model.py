@@ -124,8 +124,8 @@ def workplace(tmp_path_factory):
     """params.yaml, data/model, data/eval as the stage writes it, and the same set as COCO json, zip and folder."""
     root = tmp_path_factory.mktemp("judge")
     shutil.copy(ROOT / "params.yaml", root)
-    write_shards(root / "data" / "shards", {"val": 7})
-    write_trained(root / "data" / "model")
+    write_shards(root / "data" / "shards", {"val": 7}, apply_exif=True)
+    write_trained(root / "data" / "model", apply_exif=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         evaluate.main()
@@ -160,6 +160,7 @@ def judge(workplace, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("images", ["images", "images.zip"])
 def test_numbers_are_the_stages_to_the_last_digit(workplace, judge, capsys, images, tmp_path):
+    """Of pictures that EXIF turns: sizes that are not listed so would be an error."""
     judge(images=images, out=tmp_path / "out")
     stage = workplace / "data" / "eval"
     for name in FILES:
@@ -176,6 +177,7 @@ def test_numbers_are_the_stages_to_the_last_digit(workplace, judge, capsys, imag
         assert (tmp_path / "out" / "pictures" / path.name).read_bytes() == path.read_bytes()
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Split val, of instances_val.json: 7 images" in page
+    assert "Pictures are turned as their EXIF orientation says." in page
     assert page.count("data:image/jpeg;base64,") == 7
     assert capsys.readouterr().out.endswith(f"over 7 images; see {tmp_path / 'out' / 'index.html'}\n")
 
@@ -187,6 +189,7 @@ def test_exported_model_is_judged_by_its_own_settings(workplace, judge, tmp_path
     classes = Classes(
         [rows[n].category_id if n in rows else PADDING for n in range(stored.config.num_classes)],
         [rows[n].name if n in rows else "" for n in range(stored.config.num_classes)],
+        apply_exif=True,
     )
     nms = PostprocessConfig(max_detections=3)
     export_saved_model(tmp_path / "served", stored.model, stored.config, nms, classes)
@@ -259,10 +262,11 @@ def test_other_categories(workplace, judge, tmp_path, old, new, words):
 def test_image_of_another_size_than_listed(workplace, judge, tmp_path):
     content = json.loads((workplace / "instances_val.json").read_text())
     image = content["images"][2]
-    image["height"], image["width"] = image["width"], image["height"]  # as tools do that turn by EXIF
+    image["height"], image["width"] = image["width"], image["height"]  # as tools do that do not turn by EXIF
     assert image["height"] != image["width"]
     (tmp_path / "a.json").write_text(json.dumps(content))
-    words = rf"{image['file_name']}: is {image['height']} x {image['width']} pixels, and the annotations say"
+    size = f"{image['height']} x {image['width']}"
+    words = rf"{image['file_name']}: is {size} pixels, turned by EXIF, and the annotations say"
     with pytest.raises(PipelineError, match=words):
         judge(annotations=tmp_path / "a.json", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

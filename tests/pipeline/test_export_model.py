@@ -37,8 +37,8 @@ def workplace(tmp_path_factory):
         text, count = re.subn(rf"^( +{key}:) .*$", rf"\1 {value}", text, flags=re.MULTILINE)
         assert count == 1, key
     (root / "params.yaml").write_text(text)
-    write_trained(root / "data" / "model", change=steady)
-    write_shards(root / "shards", {"val": len(IMAGES)})
+    write_trained(root / "data" / "model", change=steady, apply_exif=True)
+    write_shards(root / "shards", {"val": len(IMAGES)}, apply_exif=True)
     (root / "photos").mkdir()
     images = spread_images([root / "shards" / "val-00000-of-00001.tfrecord"], len(IMAGES))
     for image_id, content in images.items():
@@ -47,7 +47,7 @@ def workplace(tmp_path_factory):
     (root / "instances_val.json").write_text(json.dumps(truth))
     (root / "info.json").write_text(json.dumps({key: truth[key] for key in ("images", "categories")}))
     detector = open_detector(str(root / "data" / "model"), NMS)
-    found = detector.detect([decode_picture(content, "a test") for content in images.values()])
+    found = detector.detect([decode_picture(content, "a test", True) for content in images.values()])
     rows = [row for pair in zip(images, found, strict=True) for row in coco_rows(*pair, detector.classes)]
     own = [
         {**row, "id": place, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
@@ -81,7 +81,7 @@ def check_detections(root, path):
     detect = open_detector(str(root / "data" / "model"), NMS).detect
     in_use = [row.class_id for row in stored.classes]
     for image_id, here in detections_of(path, photos(root).items(), stored.config, NMS):
-        (ours,) = detect([decode_picture(photos(root)[image_id], "a test")])
+        (ours,) = detect([decode_picture(photos(root)[image_id], "a test", True)])
         assert not np.isin(ours.class_ids, in_use).all()  # this head says things that the table has no word for
         compared = match(of_classes(ours, in_use), here, EXACT)
         assert len(compared.found) >= 10
@@ -129,7 +129,7 @@ def test_int8_is_judged_by_its_ap(workplace, tmp_path):
     )
     assert list(tmp_path.iterdir()) == [out]
     assert out.stat().st_size < 0.5 * (workplace / "data" / "model" / "weights.safetensors").stat().st_size
-    found = open_exported(out).run(decode_picture(photos(workplace)[103], "a test")[None])
+    found = open_exported(out).run(decode_picture(photos(workplace)[103], "a test", True)[None])
     assert found["count"][0] > 0
 
 

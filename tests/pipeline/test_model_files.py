@@ -1,20 +1,21 @@
 """A model's files: what was written comes back, and what does not fit together is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from effdet.weights import published_variables
 from pipeline.errors import PipelineError
-from pipeline.model_files import read_description, read_model
+from pipeline.model_files import read_description, read_model, require_same_pictures
 from tests.pipeline.judged_model import CLASSES, weights, write_trained
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "model"
-    write_trained(folder)
+    write_trained(folder, apply_exif=True)
     return folder
 
 
@@ -39,13 +40,30 @@ def test_round_trip(trained):
     assert stored.config.image_size == (128, 128)
     assert [row.model_dump() for row in stored.classes] == CLASSES
     assert (stored.weights.kind, stored.weights.epoch, stored.weights.selected_by) == ("ema", 3, "val AP")
+    assert stored.apply_exif is True
     expected = weights(stored.model)
     for name, variable in published_variables(stored.model).items():
         np.testing.assert_array_equal(np.asarray(variable), expected[name])
 
 
+def test_model_that_says_nothing_of_exif_is_for_pictures_as_stored(model):
+    assert read_description(model).apply_exif is True
+    content = json.loads((model / "model.json").read_text())
+    del content["apply_exif"]
+    (model / "model.json").write_text(json.dumps(content))
+    assert read_description(model).apply_exif is False
+
+
+def test_model_for_pictures_turned_otherwise_than_the_data():
+    ours, theirs = Path("data/model/model.json"), Path("data/shards/manifest.json")
+    require_same_pictures(True, ours, True, theirs)
+    words = r"^data/model/model\.json: apply_exif is True, and False in data/shards/manifest\.json: the model would see"
+    with pytest.raises(PipelineError, match=words):
+        require_same_pictures(True, ours, False, theirs)
+
+
 def test_same_weights_are_the_same_bytes(trained, tmp_path):
-    write_trained(tmp_path / "again")
+    write_trained(tmp_path / "again", apply_exif=True)
     for name in ("model.json", "weights.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
 

@@ -79,6 +79,7 @@ def test_published_weights(archive):
     assert stored.classes == coco_classes()
     assert same(values(stored.model), averaged(raw()))
     assert (stored.weights.kind, stored.weights.selected_by) == ("ema", "published")
+    assert not stored.apply_exif
 
 
 def test_published_weights_as_trained_at_another_size(archive):
@@ -137,6 +138,8 @@ def test_a_model_folder_says_itself_what_it_is(tmp_path):
     assert open_model(str(tmp_path / "model")).classes == class_rows(CLASSES)
     with pytest.raises(PipelineError, match="says itself which model it is; leave out --model"):
         open_model(str(tmp_path / "model"), NAME)
+    with pytest.raises(PipelineError, match="says itself which model it is; leave out --apply-exif"):
+        open_model(str(tmp_path / "model"), apply_exif=True)
     with pytest.raises(PipelineError, match="holds the averaged weights alone"):
         open_model(str(tmp_path / "model"), ema=False)
 
@@ -147,11 +150,12 @@ def test_a_checkpoint_with_its_description(tmp_path):
     checkpoint.save(tmp_path / "run", "best", Checkpoint(30, arrays, {}))
     with pytest.raises(PipelineError, match=r"network\.json not found in the folder around it"):
         open_model(str(tmp_path / "run"))
-    write_network(tmp_path / "run", config, class_rows(CLASSES))
+    write_network(tmp_path / "run", config, class_rows(CLASSES), apply_exif=True)
     for place in ("run", "run/best-00000030"):
         stored = open_model(str(tmp_path / place))
         assert stored.config == config
         assert stored.classes == class_rows(CLASSES)
+        assert stored.apply_exif
         assert same(values(stored.model), arrays)
         assert (stored.weights.kind, stored.weights.step, stored.weights.selected_by) == ("ema", 30, "val AP")
 
@@ -161,7 +165,7 @@ def test_a_checkpoint_by_another_name(tmp_path, monkeypatch):
     config = model_config(NAME, 4, (128, 128))
     net = build(config)
     (tmp_path / "run").mkdir()
-    write_network(tmp_path / "run", config, class_rows(CLASSES))
+    write_network(tmp_path / "run", config, class_rows(CLASSES), apply_exif=False)
     trainable = [np.ravel(variable) for variable in net.trainable_variables]
     statistics = [np.ravel(variable) for variable in net.non_trainable_variables]
     state = {
@@ -203,11 +207,12 @@ def test_the_command_asks_about_a_model_as_the_others_do():
 
 
 def test_the_command_makes_a_model_folder(tmp_path, archive):
-    done = import_model(archive, "--out", tmp_path / "model", "--image-size", 128, 128)
+    done = import_model(archive, "--out", tmp_path / "model", "--image-size", 128, 128, "--apply-exif")
     assert done.returncode == 0, done.stderr
     assert f"{NAME}.tar.gz: TensorFlow checkpoint model: {len(raw())} variables set" in done.stdout
     stored = read_model(tmp_path / "model")
     assert stored.config == model_config(NAME, 90, (128, 128))
+    assert stored.apply_exif
     assert stored.classes == coco_classes()
     assert same(values(stored.model), averaged(raw()))
     again = import_model(archive, "--out", tmp_path / "model")

@@ -52,7 +52,7 @@ def test_keys_of_another_source_are_unknown(tmp_path: Path) -> None:
 
 def test_an_unknown_source_is_named_with_the_known_ones(tmp_path: Path) -> None:
     errors = _errors_after(tmp_path, ("source: synthetic", "source: imagenet"))
-    assert errors == ["data.source: expected 'synthetic', 'coco2017', 'coco_format', got 'imagenet'"]
+    assert errors == ["data.source: expected 'synthetic', 'coco2017', 'coco_format', 'tfrecords', got 'imagenet'"]
     assert _errors_after(tmp_path, ("  source: synthetic\n", "")) == ["data.source: missing"]
 
 

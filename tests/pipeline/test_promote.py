@@ -70,8 +70,8 @@ def released(tmp_path_factory):
     shutil.copy(ROOT / "requirements" / "ml.txt", root / "requirements")
     (root / "champion.json").write_text("{}\n")
     set_limits(root, min_ap=0.0)
-    write_shards(root / "data" / "shards", {"train": 3, "val": 10})
-    write_trained(root / "data" / "model", change=steady)
+    write_shards(root / "data" / "shards", {"train": 3, "val": 10}, apply_exif=True)
+    write_trained(root / "data" / "model", change=steady, apply_exif=True)
     status, words = stage(root, "evaluate")
     assert status == 0, words
     status, words = stage(root, "promote")
@@ -116,6 +116,7 @@ def test_model_card_has_the_figures(released):
     assert f"| dog \\| wolf | {judged['per_class']['dog | wolf']:.3f} |" in card
     assert "| train | 3 |" in card
     assert "**Accepted**, on val, which was also used for selection." in card
+    assert "It was trained on pictures turned as their EXIF orientation says." in card
 
 
 def test_model_card_says_how_each_export_compares(released):
@@ -145,7 +146,7 @@ def test_model_card_says_how_each_export_compares(released):
 
 def test_code_on_the_card_runs(workplace):
     release = workplace / "data" / "release"
-    (release / "picture.jpg").write_bytes(picture(np.random.default_rng(5))[0])
+    (release / "picture.jpg").write_bytes(picture(np.random.default_rng(5), orientation=6)[0])
     blocks = re.findall(r"^```python\n(.*?)^```", (release / CARD).read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 3
     code = "".join(f"{block}\nprint('COUNT', int(found['count'][0]))\n" for block in blocks)
@@ -161,6 +162,7 @@ def test_each_export_brings_the_classes(released, name):
     exported = open_exported(released[0] / "data" / "release" / name)
     assert exported.class_names == ["cat", "dog | wolf", "", "cat"]
     assert exported.category_ids.tolist() == [3, 7, -1, 9]
+    assert exported.apply_exif
 
 
 def test_no_file_tells_of_the_machine(released):
@@ -223,7 +225,7 @@ def test_model_that_was_not_judged(workplace):
 def write_trained_again(root):
     """Other weights under the same description but for their hash."""
     shutil.rmtree(root / "data" / "model")
-    write_trained(root / "data" / "model", "efficientdet-lite1")
+    write_trained(root / "data" / "model", "efficientdet-lite1", apply_exif=True)
 
 
 def test_export_that_detects_something_else(workplace):

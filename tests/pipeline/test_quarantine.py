@@ -141,3 +141,26 @@ def test_every_id_is_left_out_not_only_those_listed(tmp_path: Path) -> None:
     assert (failure["count"], failure["quarantined"], len(failure["first"])) == (30, 30, 20)
     excluded = json.loads((tmp_path / EXCLUSIONS).read_text())["train"]
     assert excluded == {"images": [], "annotations": [100 * number for number in range(1, 31)]}
+
+
+@pytest.mark.slow
+def test_of_images_in_two_splits_trains_is_left_out_and_of_a_split_all_but_the_first(tmp_path: Path) -> None:
+    splits = {"train": filled(1, 5), "val": filled(21, 3), "test": filled(31, 2)}
+    train, val, test = splits.values()
+    train.files |= {"002.jpg": val.files["021.jpg"], "004.jpg": train.files["003.jpg"]}
+    val.files["023.jpg"] = test.files["031.jpg"]
+    severity = {"duplicates": "critical", "leakage": "critical", "drift": "warning"}
+    write(tmp_path, splits, validate={"quarantine": True, "min_boxes_per_class": 0, "severity": severity})
+    report = run_validate(tmp_path)
+    excluded = json.loads((tmp_path / EXCLUSIONS).read_text())
+    assert {split: ids["images"] for split, ids in excluded.items()} == {"train": [2, 4], "val": [23], "test": []}
+    assert all(ids["annotations"] == [] for ids in excluded.values())
+    assert report["success"] is True
+    # The annotations of the two images are no longer counted: 2 boxes each of the remaining three.
+    assert (report["splits"]["train"]["annotations"], report["splits"]["train"]["quarantined_annotations"]) == (6, 4)
+
+    severity |= {"leakage": "warning"}
+    write(tmp_path, splits, validate={"quarantine": True, "min_boxes_per_class": 0, "severity": severity})
+    run_validate(tmp_path)
+    excluded = json.loads((tmp_path / EXCLUSIONS).read_text())
+    assert {split: ids["images"] for split, ids in excluded.items()} == {"train": [4], "val": [], "test": []}

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.rendering import CAPTION, GAP, LONG_SIDE, Drawn, side_by_side, with_boxes
+from tests.effdet.made_exif import TURNS, jpeg, turned
 
 
 def grey(width, height, mode="RGB"):
@@ -55,6 +56,16 @@ def test_boxes_over_the_border_and_turned_inside_out_are_drawn():
 
 def test_grey_pictures_are_drawn():
     assert pixels(side_by_side(grey(64, 64, "L"), [], [])).shape[2] == 3
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_picture_is_turned_for_boxes_that_refer_to_it_so(number):
+    box = Drawn(np.array([5.0, 5.0, 20.0, 15.0]), 0, "")
+    upright = Image.fromarray(np.ascontiguousarray(TURNS[number](np.asarray(Image.open(io.BytesIO(jpeg()))))))
+    plain = io.BytesIO()
+    upright.save(plain, "PNG")
+    assert side_by_side(turned(number), [box], [], apply_exif=True) == side_by_side(plain.getvalue(), [box], [])
+    assert side_by_side(turned(number), [box], []) == side_by_side(jpeg(), [box], [])
 
 
 def test_bytes_are_the_same_everywhere():

@@ -2,6 +2,10 @@
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
+from PIL import Image
 from pycocotools.coco import COCO
 
 from effdet.records import parse_examples
 from pipeline import shard
 from pipeline.errors import PipelineError
 from pipeline.files import checksum
+from pipeline.params import Reencode
+from pipeline.shard_files import train_classes
 from tests.pipeline.made_data import Split, filled, picture, write
 
 SHARDS = Path("data/shards")
+ROOT = Path(__file__).parents[2]
 MAX_BOXES = 4
 SETTINGS = {"images_per_shard": 4, "max_boxes": MAX_BOXES, "keep_empty_images": True, "seed": 1}
 Records = dict[int, dict[str, Any]]
@@ -114,11 +122,133 @@ def test_manifest_says_what_is_in_the_shards(tmp_path: Path) -> None:
 
 
 def test_coco2017_keeps_the_gaps_of_its_category_ids(tmp_path: Path) -> None:
-    data: dict[str, Any] = {"source": "coco2017", "base_url": "x", "checksums": {}, "max_images": None}
+    data: dict[str, Any] = {
+        "source": "coco2017",
+        "base_url": "x",
+        "checksums": {},
+        "apply_exif": False,
+        "max_images": None,
+    }
     manifest = run_shard(tmp_path, {"train": filled(1, 2), "val": filled(21, 1)}, data=data)
     assert manifest["num_classes"] == 90
     assert [row["class_id"] for row in manifest["classes"]] == [2, 6]
     assert read(tmp_path, manifest, "train")[1]["class_ids"].tolist() == [2, 6, -1, -1]
+
+
+def test_tfrecords_keep_the_gaps_of_their_labels(tmp_path: Path) -> None:
+    data = {
+        "source": "tfrecords",
+        "base_url": "x",
+        "train": "t",
+        "val": "v",
+        "num_classes": 7,
+        "checksums": {},
+        "apply_exif": False,
+        "max_images": None,
+    }
+    manifest = run_shard(tmp_path, {"train": filled(1, 1), "val": filled(21, 1)}, data=data)
+    assert (manifest["num_classes"], [row["class_id"] for row in manifest["classes"]]) == (7, [2, 6])
+
+
+def test_classes_of_the_training_images_stand_in_the_order_of_the_records(tmp_path: Path) -> None:
+    train = split_with_everything()
+    train.add_annotation(1101, 11, category_id=7, bbox=[0, 0, 9, 9])  # smaller than the four that stay
+    train.annotations[-1]["id"] = 1190
+    manifest = run_shard(tmp_path, {"train": train, "val": filled(21, 1)})
+    found = train_classes(tmp_path / SHARDS)
+    files = [str(tmp_path / SHARDS / row["file"]) for row in manifest["splits"]["train"]["shards"]]
+    records = list(tf.data.TFRecordDataset(files).as_numpy_iterator())
+    ids = parse_examples(tf.constant(records), MAX_BOXES)["image_id"].numpy().tolist()
+    by_id = dict(zip(ids, found, strict=True))
+    # 9 has one object, 10 none, 12 a crowd alone; of 11 the cats were larger.
+    assert by_id == {**{number: [0, 1] for number in range(1, 9)}, 9: [0], 10: [], 11: [0], 12: []}
+
+
+def rotated(content: bytes, orientation: int) -> bytes:
+    """The JPEG with that EXIF orientation, its pixels as they were."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    segment = exif.tobytes()
+    return content[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + content[2:]
+
+
+@pytest.mark.parametrize("apply_exif", [True, False])
+def test_orientation_goes_into_the_record_where_boxes_are_of_the_turned_picture(
+    tmp_path: Path, apply_exif: bool
+) -> None:
+    train = filled(1, 2)
+    train.files["001.jpg"] = rotated(picture(1), 6)
+    if apply_exif:
+        train.images[0].update(width=48, height=64)
+    data = {
+        "source": "synthetic",
+        "seed": 1,
+        "train_images": 2,
+        "val_images": 1,
+        "apply_exif": apply_exif,
+        "max_images": None,
+    }
+    manifest = run_shard(tmp_path, {"train": train, "val": filled(21, 1)}, data=data)
+    assert manifest["apply_exif"] is apply_exif
+    records = read(tmp_path, manifest, "train")
+    assert records[1]["encoded"] == train.files["001.jpg"]
+    assert [records[number]["orientation"] for number in (1, 2)] == [6 if apply_exif else 1, 1]
+    assert (records[1]["height"], records[1]["width"]) == ((64, 48) if apply_exif else (48, 64))
+    assert records[1]["boxes"].tolist() == records[2]["boxes"].tolist()
+
+
+@pytest.mark.slow
+def test_pictures_of_train_are_made_smaller_with_their_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {"train": filled(1, 3), "val": filled(21, 2)}
+    splits["train"].files["001.jpg"] = rotated(picture(1), 6)
+    splits["train"].images[0].update(width=48, height=64)
+    splits["train"].files["002.jpg"] = picture(2, width=64, height=47)
+    splits["train"].images[1].update(height=47)
+    splits["train"].files["003.jpg"] = picture(3, width=40, height=30)  # no longer than 40
+    splits["train"].images[2].update(width=40, height=30)
+    data = {
+        "source": "synthetic",
+        "seed": 1,
+        "train_images": 3,
+        "val_images": 2,
+        "apply_exif": True,
+        "max_images": None,
+    }
+    settings = {"reencode": {"max_side": 40, "quality": 90}}
+    results = []
+    for workers in ("1", "2"):
+        monkeypatch.setenv("EFFDET_LOADER_WORKERS", workers)
+        manifest = run_shard(tmp_path / workers, splits, data=data, shard={**settings, "images_per_shard": 2})
+        results.append(bytes_of(tmp_path / workers))
+    assert results[0] == results[1]
+    parts = manifest["splits"]
+    assert (parts["train"]["reencoded"], parts["val"]["reencoded"]) == (2, 0)
+    train, val = (read(tmp_path / "1", manifest, split) for split in ("train", "val"))
+    # 64 x 47 becomes 40 x 29 (of 29.375); boxes are [0, 2, 10, 8] and [1.5, 2, 10, 9] as x, y, w, h.
+    assert (train[2]["height"], train[2]["width"], train[2]["orientation"]) == (29, 40, 1)
+    boxes = np.array([[2, 0, 10, 10], [2, 1.5, 11, 11.5]])  # yxyx
+    y, x = 29 / 47, 0.625
+    np.testing.assert_allclose(train[2]["boxes"][:2], boxes * [y, x, y, x], rtol=1e-6)
+    np.testing.assert_allclose(train[2]["area"][:2], [y * x * 40, y * x * 45], rtol=1e-6)
+    assert tf.io.decode_jpeg(train[2]["encoded"]).shape == (29, 40, 3)
+    # Image 1 was to be turned, and is.
+    assert (train[1]["height"], train[1]["width"], train[1]["orientation"]) == (40, 30, 1)
+    assert tf.io.decode_jpeg(train[1]["encoded"]).shape == (40, 30, 3)
+    np.testing.assert_allclose(train[1]["boxes"][:2], 0.625 * boxes, rtol=1e-6)
+    assert train[3]["encoded"] == splits["train"].files["003.jpg"]
+    np.testing.assert_array_equal(train[3]["boxes"][:2], boxes)
+    assert all(val[number]["encoded"] == splits["val"].files[f"{number:03d}.jpg"] for number in (21, 22))
+
+
+def test_picture_that_cannot_be_made_smaller_is_named(tmp_path: Path) -> None:
+    train = filled(1, 2)
+    train.files["002.jpg"] = picture(2)[:1500]
+    with pytest.raises(PipelineError, match=r"train\.zip: 002\.jpg: cannot be decoded: .*decode_fraction: 1\.0"):
+        run_shard(
+            tmp_path,
+            {"train": train, "val": filled(21, 1)},
+            shard={"reencode": {"max_side": 40, "quality": 90}},
+        )
 
 
 def test_same_bytes_for_any_number_of_workers_and_others_for_another_seed(
@@ -130,7 +260,7 @@ def test_same_bytes_for_any_number_of_workers_and_others_for_another_seed(
         monkeypatch.setenv("EFFDET_LOADER_WORKERS", workers)
         run_shard(tmp_path / workers, splits)
         results.append(bytes_of(tmp_path / workers))
-    assert len(results[0]) == 3 + 2 + 2  # shards, manifest and ground truth
+    assert len(results[0]) == 3 + 2 + 3  # shards; manifest, classes and ground truth
     assert results[0] == results[1]
     manifest = run_shard(tmp_path / "other", splits, shard={"seed": 2})
     assert bytes_of(tmp_path / "other")["train-00000-of-00003.tfrecord"] != results[0]["train-00000-of-00003.tfrecord"]
@@ -207,6 +337,35 @@ def test_damaged_image_found_while_writing_leaves_no_shards(tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "data").iterdir()} == {"raw", "exclusions.json"}
 
 
+KILLED = """
+import os, signal
+from pipeline import shard
+shard.ground_truth = lambda tables: os.kill(os.getpid(), signal.SIGKILL)
+shard.main()
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_the_old_shards_and_the_next_removes_what_it_wrote(tmp_path: Path) -> None:
+    splits = {"train": filled(1, 9), "val": filled(21, 2)}
+    run_shard(tmp_path, splits)
+    before = bytes_of(tmp_path)
+    splits["train"].add_image(10)
+    write(tmp_path, splits, shard=SETTINGS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (part,) = (path for path in (tmp_path / "data").iterdir() if path.name.startswith(".shards."))
+    assert len(list(part.glob("*.tfrecord"))) == 3 + 1  # all were written, and nobody reads them
+    assert bytes_of(tmp_path) == before
+    ours, others = (part.with_name(f".shards.{process}.part") for process in (os.getpid(), os.getppid()))
+    ours.mkdir()  # as a process that had our id would have left it
+    others.mkdir()
+    run_shard(tmp_path, splits)
+    assert [path.exists() for path in (part, ours, others)] == [False, False, True]
+    assert bytes_of(tmp_path) != before
+
+
 @pytest.mark.parametrize(("column", "words"), [("image_id", "the split's images"), ("category_id", "the categories")])
 def test_annotation_of_something_unknown_is_named(tmp_path: Path, column: str, words: str) -> None:
     train = filled(1, 2)
@@ -240,6 +399,20 @@ def test_deal_is_a_shuffle_of_all_even_in_number_and_bytes() -> None:
     assert max(counts) - min(counts) <= 1
     totals = np.array([sizes[members].sum() for members in dealt])
     assert totals.max() < 1.1 * totals.min()
+
+
+def test_shards_of_pictures_made_smaller_are_even_in_bytes_too() -> None:
+    random = np.random.default_rng(0)
+    sides = np.where(random.random(2000) < 0.5, 400, 2000)  # half of them come down to a fifth of their side
+    images = pd.DataFrame({"height": sides, "width": sides // 2})
+    came = random.lognormal(11.8, 0.5, 2000).astype(np.int64)  # bytes that say nothing of the side
+    expected = shard.expected_bytes(came, images, Reencode(max_side=400, quality=90))
+    np.testing.assert_allclose(expected, np.where(sides == 400, came, came / 25), atol=1)
+    totals = np.array([expected[members].sum() for members in shard.deal(expected, 250, seed=1)])
+    assert totals.max() < 1.1 * totals.min()
+    unaware = np.array([expected[members].sum() for members in shard.deal(came, 250, seed=1)])
+    assert unaware.max() > 1.1 * unaware.min()  # what it is for
+    assert shard.expected_bytes(came, images, None).tolist() == came.tolist()
 
 
 def test_deal_mixes_the_order_of_the_file() -> None:

@@ -14,8 +14,10 @@ from effdet.errors import EffdetError
 from pipeline import train, training_run
 from pipeline.coco_metrics import SUMMARY
 from pipeline.errors import PipelineError
-from pipeline.model_files import read_description, read_model
+from pipeline.model_files import read_description, read_model, read_network
 from tests.pipeline.tiny_training import CLASSES, ROOT, make_run, make_shards, settings
+
+pytestmark = pytest.mark.slow
 
 
 def contents(folder):
@@ -52,6 +54,7 @@ def test_hands_on_the_best_weights(finished):
         stored = read_model(folder / "model")
     assert stored.config == made.config
     assert [row.model_dump() for row in stored.classes] == CLASSES
+    assert stored.apply_exif is read_network(made.folder)[2] is True
     best = max((row for row in made.standing.rows if "val/AP" in row), key=lambda row: (row["val/AP"], row["epoch"]))
     assert (stored.weights.kind, stored.weights.selected_by) == ("ema", "val AP")
     assert stored.weights.epoch == best["epoch"]
@@ -203,13 +206,11 @@ def uninterrupted(tmp_path_factory):
     return trained(folder)[0]
 
 
-@pytest.mark.slow
 def test_two_processes_hand_on_the_same_bytes(uninterrupted, tmp_path):
     make_shards(tmp_path / "shards")
     assert trained(tmp_path)[0] == uninterrupted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8])  # within epochs 2 and 4; validation follows each
 def test_killed_and_resumed_hands_on_the_same_bytes(uninterrupted, tmp_path, step):
     make_shards(tmp_path / "shards")
@@ -221,7 +222,6 @@ def test_killed_and_resumed_hands_on_the_same_bytes(uninterrupted, tmp_path, ste
     assert model == uninterrupted
 
 
-@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(uninterrupted, tmp_path):
     make_shards(tmp_path / "shards")
     assert in_a_process(tmp_path, 8).returncode == -signal.SIGKILL
@@ -233,7 +233,6 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(uninterru
     assert model == uninterrupted
 
 
-@pytest.mark.slow
 def test_one_of_two_ranks_killed_and_resumed_hands_on_the_same_bytes(tmp_path):
     def two_ranks(folder, *arguments):
         line = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "tests.pipeline.tiny_training", str(folder)]

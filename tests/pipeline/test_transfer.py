@@ -1,6 +1,7 @@
 """Files from a web server on loopback and from folders: whole and verified, or not at all."""
 
 import hashlib
+import os
 import shutil
 import socket
 import zipfile
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import transfer
+from pipeline import http_transfer, transfer
 from pipeline.coco import ImageArchive
 from pipeline.errors import PipelineError
-from pipeline.transfer import SourceFile, TransferError
+from pipeline.http_transfer import TransferError
+from pipeline.transfer import SourceFile
+from tests.pipeline.misbehaving_server import Fault, running
 
 FILE = SourceFile("a b.zip", ("a b.zip",))
 CONTENT = bytes(range(256)) * 9000  # 2.2 MiB: three chunks
@@ -23,7 +26,7 @@ FOLDER = SourceFile("pictures", ("pictures",), is_folder=True)
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "RETRIES", transfer.RETRIES.new(backoff_factor=0))
+    monkeypatch.setattr(http_transfer, "PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -85,8 +88,8 @@ def test_what_is_there_stays_when_the_new_bytes_are_wrong(offered: Path, tmp_pat
 
 def test_a_body_that_breaks_off_is_refused(offered: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
     server = serve(offered)
-    server.faults["/a%20b.zip"] = ["short"]
-    with pytest.raises(TransferError, match=r"a%20b\.zip: broke off: "):
+    server.faults["/a%20b.zip"] = ["short"] * 4
+    with pytest.raises(TransferError, match=r"a%20b\.zip: broke off: .*; given up after 4 beginnings"):
         transfer.fetch([server.url], FILE, tmp_path / "here" / "x.zip", CHECKSUM)
     assert_nothing_written(tmp_path / "here")
 
@@ -101,9 +104,9 @@ def test_a_busy_server_is_asked_again(offered: Path, tmp_path: Path, serve: Call
 def test_a_server_that_stays_busy_is_named(offered: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
     server = serve(offered)
     server.faults["/a%20b.zip"] = ["503"] * 9
-    with pytest.raises(TransferError, match=r"a%20b\.zip: the server answers 503 Service Unavailable$"):
+    with pytest.raises(TransferError, match=r"a%20b\.zip: the server answers 503 Service Unavailable \(6 tries\)$"):
         transfer.fetch([server.url], FILE, tmp_path / "x.zip", CHECKSUM)
-    assert len(server.asked) == 5  # once, and four times again
+    assert len(server.asked) == 6
 
 
 def test_places_below_a_base_then_the_next_base(offered: Path, tmp_path: Path, serve: Callable[[Path], Any]) -> None:
@@ -155,6 +158,122 @@ def test_a_full_disk_is_told_before_the_first_byte(
     assert_nothing_written(tmp_path / "here")
 
 
+def test_a_full_disk_is_told_before_a_folder_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(bytes(5000))
+    usage = shutil.disk_usage(tmp_path)._replace(free=4999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(PipelineError, match=r"pictures: has 5,000 bytes, 4,999 are free in .*here; make room there"):
+        transfer.fetch([str(tmp_path)], FOLDER, tmp_path / "here" / "x.zip", None)
+    assert_nothing_written(tmp_path / "here")
+
+
+def test_a_full_disk_is_told_when_it_fills_up(offered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(transfer, "check_room", lambda *_: None)
+    monkeypatch.setattr("pipeline.files.os.getpid", lambda: "full")
+    (tmp_path / "here" / ".x.zip.full.part").symlink_to("/dev/full")
+    with pytest.raises(PipelineError, match=r"a b\.zip: the disk filled up; make room and run it again"):
+        transfer.fetch([str(offered)], FILE, tmp_path / "here" / "x.zip", CHECKSUM)
+    assert_nothing_written(tmp_path / "here")
+
+
+# What is begun, and goes on
+
+
+def test_a_mirror_that_fails_midway_is_finished_by_the_next(
+    offered: Path, tmp_path: Path, serve: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_transfer, "CONNECTIONS", 1)
+    with running(CONTENT) as first, running(CONTENT, etag='"other"') as second:
+        first.faults, first.always = [Fault(stop_after=1_000_000)], Fault(500)
+        transfer.fetch([first.url, second.url], FILE, tmp_path / "x.zip", CHECKSUM)
+        assert second.sent == [(1_000_000, len(CONTENT))]
+    assert (tmp_path / "x.zip").read_bytes() == CONTENT
+
+
+def begin(content: bytes, target: Path) -> None:
+    """Fetches the first 1,000,000 bytes of what another server has."""
+    with running(content) as server:
+        server.faults, server.always = [Fault(stop_after=1_000_000)], Fault(500)
+        with pytest.raises(TransferError):
+            transfer.fetch([server.url], FILE, target, CHECKSUM)
+
+
+@pytest.mark.parametrize("expected", [CHECKSUM, None])
+@pytest.mark.parametrize("page", [b"please log in", None])
+def test_a_part_outlives_a_mirror_that_has_something_else(
+    tmp_path: Path, expected: str | None, page: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_transfer, "CONNECTIONS", 1)
+    target = tmp_path / "x.zip"
+    file = SourceFile("x.bin", ("x.bin",))
+    with running(page or CONTENT, ranges=False) as mirror, running(CONTENT) as server:
+        server.faults, server.always = [Fault(stop_after=1_000_000)], Fault(500)
+        with pytest.raises(TransferError):
+            transfer.fetch([server.url], file, target, expected)
+        server.always = None
+        transfer.fetch([mirror.url, server.url], file, target, expected)
+        assert server.sent[-1] == (1_000_000, len(CONTENT))
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_part_that_no_server_goes_on_with_is_fetched_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(CONTENT, tmp_path / "x.zip")
+    with running(CONTENT, ranges=False) as server:
+        transfer.fetch([server.url], FILE, tmp_path / "x.zip", CHECKSUM)
+        assert server.sent[-1] == (0, len(CONTENT))
+    assert (tmp_path / "x.zip").read_bytes() == CONTENT
+    assert "no server goes on with what is here; all of it is fetched anew" in capsys.readouterr().out
+
+
+def test_a_part_that_proves_wrong_is_fetched_once_more_from_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(bytes(len(CONTENT)), tmp_path / "x.zip")
+    with running(CONTENT) as server:
+        transfer.fetch([server.url], FILE, tmp_path / "x.zip", CHECKSUM)
+        assert server.sent == [(1_000_000, len(CONTENT)), (0, len(CONTENT))]
+    assert (tmp_path / "x.zip").read_bytes() == CONTENT
+    said = capsys.readouterr().out
+    assert "a%20b.zip: checksum differs" in said
+    assert "some of these bytes came in an earlier run; all of it is fetched anew" in said
+
+
+def test_a_file_that_is_wrong_at_both_tries_is_refused(tmp_path: Path) -> None:
+    begin(CONTENT, tmp_path / "here" / "x.zip")
+    with running(bytes(len(CONTENT))) as server:
+        with pytest.raises(TransferError, match="checksum differs"):
+            transfer.fetch([server.url], FILE, tmp_path / "here" / "x.zip", CHECKSUM)
+        assert len(server.sent) == 2
+    assert_nothing_written(tmp_path / "here")
+
+
+# Files whose checksum is not known
+
+
+@pytest.mark.parametrize("kind", ["http", "folder"])
+def test_without_a_checksum_the_members_of_a_zip_are_checked(
+    offered: Path, tmp_path: Path, serve: Callable[[Path], Any], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    with zipfile.ZipFile(offered / FILE.name, "w") as archive:
+        archive.writestr("a.jpg", b"picture")
+        archive.writestr("b.jpg", b"picture")
+    base = str(offered) if kind == "folder" else serve(offered).url
+    content = (offered / FILE.name).read_bytes()
+    found = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    assert transfer.fetch([base], FILE, tmp_path / "here" / "x.zip", None) == found
+    assert f"a b.zip: data.checksums does not say what it must be; it is {found}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "here")
+    (offered / FILE.name).write_bytes(content[::-1].replace(b"erutcip", b"erutciP", 1)[::-1])  # of b.jpg
+    with pytest.raises(TransferError, match=r"a(%20| )b\.zip: .*\.part: b\.jpg: cannot be read: Bad CRC-32"):
+        transfer.fetch([base], FILE, tmp_path / "here" / "x.zip", None)
+    (offered / FILE.name).write_bytes(content[:-30])  # a Content-Length too small
+    with pytest.raises(TransferError, match=r"a(%20| )b\.zip: .*\.part: not a zip archive"):
+        transfer.fetch([base], FILE, tmp_path / "here" / "x.zip", None)
+    assert_nothing_written(tmp_path / "here")
+
+
 # Folders of images
 
 
@@ -185,6 +304,14 @@ def test_a_changed_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "a.jpg").rename(tmp_path / "pictures" / "b.jpg")
     with pytest.raises(TransferError, match=r"pictures: checksum differs: .*data\.checksums\.pictures is"):
         transfer.fetch([str(tmp_path)], FOLDER, tmp_path / "here" / "x.zip", before)
+    assert_nothing_written(tmp_path / "here")
+
+
+def test_a_file_name_that_no_archive_can_hold_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / os.fsdecode(b"\xff.jpg")).write_bytes(b"1")
+    with pytest.raises(TransferError, match=r"pictures: the file name '\\udcff\.jpg' is not UTF-8; rename it"):
+        transfer.fetch([str(tmp_path)], FOLDER, tmp_path / "here" / "x.zip", None)
     assert_nothing_written(tmp_path / "here")
 
 

@@ -33,7 +33,14 @@ def make_shards(folder: Path) -> dict[str, Any]:
     """Shards of random pictures and boxes, and their manifest, as the shard stage writes them."""
     folder.mkdir(parents=True)
     splits = {split: make_split(folder, split, count) for split, count in IMAGES.items()}
-    manifest = {"format": 1, "num_classes": 3, "classes": CLASSES, "max_boxes": 4, "splits": splits}
+    manifest = {
+        "format": 1,
+        "num_classes": 3,
+        "classes": CLASSES,
+        "max_boxes": 4,
+        "apply_exif": True,  # the pictures have no EXIF; the word is handed on
+        "splits": splits,
+    }
     write_json(folder / "manifest.json", manifest)
     return manifest
 
