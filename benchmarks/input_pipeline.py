@@ -134,7 +134,7 @@ def training_batches(shard_paths: Sequence[Path], augmentation: Augmentation, ba
             rank=0,
             num_ranks=1,
             seed=1,
-            start_step=0,
+            start=0,
             augmentation=augmentation,
             workers=workers,
         )

@@ -1,43 +1,65 @@
 """Time of a training step against the same step on stock Keras layers, in one run, taken in turn.
 
     python -m benchmarks.training_step
+    python -m benchmarks.training_step --kinds stock float32-jit bfloat16-jit
+    python -m benchmarks.training_step --kinds float32 float32-fed --shards data/shards/train-*.tfrecord
 
-The step is effdet.training's, whole: target assignment, forward, loss, backward, clip, update, EMA, on uint8 pictures.
-Stock layers are keras.layers.BatchNormalization and Keras' swish. Each kind runs in a process of its own, and one works
-while the others wait. Prints medians and the peak memory of each; only the share is comparable between machines and
-hours.
+The step is effdet.training's, whole: target assignment, forward, loss, backward, exchange, clip, update, EMA, on uint8
+pictures. A kind is a precision and, behind it: `stock`: keras.layers.BatchNormalization and Keras' swish; `jit`:
+compiled with XLA; `2ranks`: a Horovod job of two, each with half of the batch and half of the cores; `half`: one
+process with just those, which is what a rank would take were there no other; `fed`: on batches of the real input
+pipeline. Each kind runs in processes of its own, which stand still while another works. Prints medians, the share of
+the first kind's time an image, the share of the time that was waited for batches, and a process's peak memory; only
+shares are comparable between machines and hours.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import datetime
-import multiprocessing
-import resource
+import itertools
+import os
 import statistics
+import sys
 import time
-from multiprocessing.connection import Connection
 from typing import Any
-from unittest import mock
 
-import numpy as np
+from benchmarks.rank_job import WORKER, Job, local_rank, machine, peak_gib, serve, worker_task
+from effdet.distributed import connect
 
-KINDS = {  # name -> dtype policy, stock layers
-    "stock layers, float32": ("float32", True),
-    "float32": ("float32", False),
-    "mixed_bfloat16": ("mixed_bfloat16", False),
-}
+PRECISIONS = {"stock": "float32", "float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+DEFAULT = ("stock", "float32", "bfloat16", "float32-half", "float32-2ranks", "bfloat16-half", "bfloat16-2ranks")
 WARM_UP = 2  # steps before the first that is timed
+ENDLESS = 10**6  # images an epoch: the learning rate hardly moves
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What every kind works on."""
+class Kind:
+    """One way to do the step."""
 
-    model: str
-    size: int
-    batch_size: int
-    jit_compile: bool
+    precision: str
+    stock: bool
+    jit: bool
+    ranks: int
+    parts: int  # of the batch and the cores; a rank has one
+    fed: bool
+
+
+def kind_of(name: str) -> Kind:
+    """ "bfloat16-2ranks" and the like."""
+    first, *more = name.split("-")
+    if first not in PRECISIONS or set(more) - {"jit", "half", "2ranks", "fed"}:
+        raise argparse.ArgumentTypeError(
+            f"{name!r}: expected {', '.join(PRECISIONS)}, behind it -jit, -half, -2ranks, -fed"
+        )
+    ranks = 2 if "2ranks" in more else 1
+    return Kind(
+        PRECISIONS[first], first == "stock", "jit" in more, ranks, 2 if "half" in more else ranks, "fed" in more
+    )
+
+
+def checked(name: str) -> str:
+    """A kind's name."""
+    kind_of(name)
+    return name
 
 
 def main() -> None:
@@ -45,124 +67,79 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="efficientdet-d0", help="default efficientdet-d0")
     parser.add_argument("--size", type=int, default=512, help="side of the input, pixels (default 512)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images (default 8)")
-    parser.add_argument("--jit-compile", action="store_true", help="compile network and losses with XLA")
+    parser.add_argument("--batch-size", type=int, default=8, help="images, of all ranks (default 8)")
+    parser.add_argument("--kinds", nargs="+", type=checked, default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
+    parser.add_argument("--shards", nargs="*", default=[], help="of train, for kinds with -fed")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
+    parser.add_argument("--steps", type=int, default=1, help="of a measurement (default 1)")
     arguments = parser.parse_args()
-    task = Task(arguments.model, arguments.size, arguments.batch_size, arguments.jit_compile)
+    kinds = {name: kind_of(name) for name in arguments.kinds}
+    if any(kind.fed for kind in kinds.values()) and not arguments.shards:
+        parser.error("-fed needs --shards")
+    if any(arguments.batch_size % kind.parts for kind in kinds.values()):
+        parser.error(f"--batch-size {arguments.batch_size}: expected an even number for -half and -2ranks")
 
-    spawn = multiprocessing.get_context("spawn")
-    workers = {}
-    for kind in KINDS:
-        ours, theirs = spawn.Pipe()
-        spawn.Process(target=work, args=(theirs, task, *KINDS[kind]), daemon=True).start()
-        theirs.close()  # so that a worker's end is seen here
-        ours.recv()  # it is traced and warm
-        workers[kind] = ours
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(arguments.rounds):
-        for kind, worker in workers.items():
-            worker.send("step")
-            times[kind].append(worker.recv())
-    print_table(task, times, {kind: peak(worker) for kind, worker in workers.items()})
-
-
-def peak(worker: Connection) -> float:
-    """Ends a worker; its peak memory in GiB."""
-    worker.send("end")
-    return float(worker.recv())
+    jobs: dict[str, Job] = {}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    try:
+        for name, kind in kinds.items():
+            jobs[name] = Job("benchmarks.training_step", kind.ranks, {**vars(arguments), "kind": name})
+        for _, name in itertools.product(range(arguments.rounds), kinds):
+            measured[name].append(jobs[name].tell(arguments.steps))
+        memory = {name: job.tell("memory") for name, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            job.end()
+    print_table(arguments, kinds, measured, memory)
 
 
-def print_table(task: Task, times: dict[str, list[float]], memory: dict[str, float]) -> None:
+def print_table(
+    arguments: argparse.Namespace,
+    kinds: dict[str, Kind],
+    measured: dict[str, list[tuple[float, float]]],
+    memory: dict[str, float],
+) -> None:
     """Medians, images per second, share of the first kind."""
-    import tensorflow as tf
-
-    from pipeline.provenance import hardware
-
-    machine = hardware()
     print(
-        f"{task}\n{datetime.date.today()}, {machine['cpu']}, {machine['cpus']} cores, TensorFlow {tf.__version__}\n\n"
-        "| step | ms | images/s | share | peak GiB |\n| --- | --- | --- | --- | --- |"
+        f"{arguments.model}, {arguments.size} x {arguments.size}, batch {arguments.batch_size}\n{machine()}\n\n"
+        "| step | images | ms | images/s | share an image | waited | peak GiB |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
-    stock = next(iter(medians.values()))
-    for kind, seconds in medians.items():
-        figures = f"{seconds * 1e3:.0f} | {task.batch_size / seconds:.1f} | {seconds / stock:.2f}"
-        print(f"| {kind} | {figures} | {memory[kind]:.1f} |")
+    stock = None
+    for name, kind in kinds.items():
+        seconds = statistics.median(seconds for seconds, _ in measured[name])
+        waited = statistics.median(waited / seconds for seconds, waited in measured[name])
+        images = arguments.batch_size * kind.ranks // kind.parts
+        stock = stock or seconds / images
+        figures = f"{images} | {seconds * 1e3:,.0f} | {images / seconds:.1f} | {seconds / images / stock:.2f}"
+        print(f"| {name} | {figures} | {waited:.2f} | {memory[name]:.1f} |")
 
 
-def work(pipe: Connection, task: Task, policy: str, stock: bool) -> None:
-    """Does a step whenever it is told to, and sends how long it took."""
-    step = trainer(task, policy, stock)
-    step(WARM_UP)
-    pipe.send("ready")
-    while pipe.recv() == "step":
+def work() -> None:
+    """A rank's life: does the steps that it is told to; answers with the seconds a step, and those of them waited."""
+    task = worker_task()
+    kind = kind_of(task["kind"])
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[local_rank() * len(cores) // kind.parts :][: max(1, len(cores) // kind.parts)]
+    os.sched_setaffinity(0, own)  # before TensorFlow counts them
+    ranks = connect(kind.ranks)
+    from benchmarks.training_case import Case, build_trainer, constant_batches, real_batches
+
+    batch_size = task["batch_size"] // kind.parts
+    case = Case(task["model"], task["size"], batch_size, kind.precision, kind.stock, kind.jit)
+    trainer = build_trainer(case, ranks)
+    batches = real_batches(case, ranks, task["shards"], len(own)) if kind.fed else constant_batches(case)
+
+    def answer(command: Any) -> Any:
+        if command == "memory":
+            return max(ranks.gather(peak_gib()))
         start = time.perf_counter()
-        step(1)
-        pipe.send(time.perf_counter() - start)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        records = list(trainer.run(batches, command, ENDLESS))
+        return (time.perf_counter() - start) / command, sum(record.waited for record in records) / command
 
-
-def trainer(task: Task, policy: str, stock: bool) -> Any:
-    """A function that does n steps."""
-    import keras
-
-    from effdet import layers
-    from effdet.config import model_config
-    from effdet.distributed import OneProcess
-    from effdet.losses import LossConfig
-    from effdet.model import build
-    from effdet.schedule import Schedule
-    from effdet.training import Optimization, Trainer, TrainState
-
-    config = model_config(task.model, 90, (task.size, task.size))
-    keras.utils.set_random_seed(1)
-    replaced = {
-        "FusedBatchNormalization": lambda momentum, epsilon, **options: keras.layers.BatchNormalization(
-            momentum=momentum, epsilon=epsilon, **options
-        ),
-        "Swish": lambda **options: keras.layers.Activation("swish", **options),
-    }
-    with mock.patch.multiple(layers, **replaced) if stock else contextlib.nullcontext():
-        model = build(config, policy)
-    optimization = Optimization(
-        batch_size=task.batch_size,
-        schedule=Schedule(learning_rate=0.01, warmup_learning_rate=0.001, warmup_epochs=1, epochs=10),
-        momentum=0.9,
-        weight_decay=4e-5,
-        clip_norm=10.0,
-        ema_decay=0.999,
-        losses=LossConfig(
-            focal_alpha=0.25, focal_gamma=1.5, label_smoothing=0.0, huber_delta=0.1, box_loss_weight=50.0
-        ),
-        jit_compile=task.jit_compile,
-        seed=1,
-    )
-    trained = Trainer(TrainState(model, 0.9, policy == "mixed_float16"), config, optimization, OneProcess())
-    pictures = batch(task)
-    return lambda steps: list(trained.run(iter([pictures] * steps), steps, steps_per_epoch=100.0))
-
-
-def batch(task: Task) -> dict[str, Any]:
-    """Random pictures with 15 boxes each, of 20 places."""
-    import tensorflow as tf
-
-    random = np.random.default_rng(1)
-    shape = (task.batch_size, 20)
-    centers, half_sides = random.uniform(0, task.size, (*shape, 2)), random.uniform(4, task.size / 4, (*shape, 2))
-    boxes = np.clip(np.concatenate([centers - half_sides, centers + half_sides], axis=-1), 0, task.size)
-    class_ids = random.integers(0, 90, shape)
-    class_ids[:, 15:], boxes[:, 15:] = -1, 0
-    pixels = random.integers(0, 256, (task.batch_size, task.size, task.size, 3))
-    return {
-        "image": tf.constant(pixels, tf.uint8),
-        "content_size": tf.fill([task.batch_size, 2], task.size),
-        "boxes": tf.constant(boxes, tf.float32),
-        "class_ids": tf.constant(class_ids, tf.int32),
-        "image_id": tf.range(task.batch_size, dtype=tf.int64),
-        "scale": tf.ones([task.batch_size]),
-    }
+    answer(WARM_UP)
+    serve(ranks, answer)
 
 
 if __name__ == "__main__":
-    main()
+    work() if WORKER in sys.argv else main()

@@ -36,5 +36,19 @@ fi
 
 # No isolation: the build has to see this environment's TensorFlow and setuptools. No cache, and in place of what is
 # installed: a wheel built without MPI, or against another TensorFlow, has the same name.
-"$python" -m pip install --require-hashes --no-deps --no-build-isolation --no-binary horovod --no-cache-dir \
-  --force-reinstall -r "$root/requirements/horovod.txt"
+pip=("$python" -m pip)
+options=(--no-deps --no-build-isolation --no-cache-dir)
+"${pip[@]}" download --quiet --require-hashes --no-binary horovod "${options[@]}" --dest "$scratch" \
+  -r "$root/requirements/horovod.txt"
+tar -xzf "$scratch"/horovod-*.tar.gz -C "$scratch"
+source=$(echo "$scratch"/horovod-*[0-9])
+
+# Two faults of 0.28.1 with Gloo: its stall check goes through a list of ranks that was reserved but never filled, and so
+# finds none; and between hosts it forgets the network interface that it was given.
+gloo=$source/horovod/common/gloo
+sed -i 's/global_ranks_\.reserve(size_)/global_ranks_.resize(size_)/' "$gloo/gloo_controller.cc"
+sed -i '/::InitializeForProcessSet/,$ s/= gloo_iface_;/= global_context.gloo_iface_;/' "$gloo/gloo_context.cc"
+grep -q 'global_ranks_\.resize(size_)' "$gloo/gloo_controller.cc" && grep -q '= global_context\.gloo_iface_;' "$gloo/gloo_context.cc" ||
+  { echo "$gloo: is not as in Horovod 0.28.1; see whether it still needs the two changes" >&2; exit 1; }
+
+"${pip[@]}" install --force-reinstall "${options[@]}" "$source"

@@ -1,8 +1,8 @@
 """Batches from TFRecord shards, for training and for evaluation, as tf.data.
 
 Which records make a batch is decided in index space (sampling.py), so records are read by their place, and a run that
-starts at step s reads nothing that earlier steps used. Training pictures are cut while they are decoded and stay uint8
-until they are on the device: normalizing, masking of the padding and target assignment are the step's work.
+starts at any position reads nothing that came before it. Training pictures are cut while they are decoded and stay
+uint8 until they are on the device: normalizing, masking of the padding and target assignment are the step's work.
 
 An element is a dict of tensors with static shapes; B images, input of H x W pixels, M places for boxes:
 image          uint8 (training) or float32 0..255, not rounded (evaluation) [B, H, W, 3] RGB; the picture stands at the
@@ -82,12 +82,12 @@ def train_batches(
     rank: int,
     num_ranks: int,
     seed: int,
-    start_step: int,
+    start: int,
     augmentation: Augmentation,
     workers: int,
     entries: NDArray[np.int64] | None = None,
 ) -> tf.data.Dataset:
-    """A rank's training batches from `start_step` on, without end (sampling.py says where epochs begin).
+    """A rank's training batches from position `start` of the stream on, without end (sampling.py says what it is).
 
     Args:
         shard_paths: in an order that is the same for all ranks and for a resumed run.
@@ -95,6 +95,7 @@ def train_batches(
         max_boxes: places for boxes an image; what an image has beyond is left out.
         batch_size: images a step and rank.
         seed: of order and augmentation.
+        start: images that all ranks had before.
         workers: threads of this rank that read and decode.
         entries: the number of the record that each entry of an epoch shows (sampling.index_list); None: each record
             once.
@@ -109,8 +110,8 @@ def train_batches(
             f"entries: expected numbers of the {len(shards)} records, 0 to {len(shards) - 1}, got {numbers.min()} to "
             f"{numbers.max()}; make the list from the same shards"
         )
-    samples = _Samples(shards, numbers, image_size, max_boxes, batch_size, rank, num_ranks, seed, augmentation)
-    steps = tf.data.Dataset.counter(start_step)
+    samples = _Samples(shards, numbers, image_size, max_boxes, batch_size, rank, num_ranks, seed, start, augmentation)
+    steps = tf.data.Dataset.counter()
     return _batches(steps, samples.load, samples.decode, image_size, batch_size, workers)
 
 
@@ -126,6 +127,7 @@ class _Samples:
     rank: int
     num_ranks: int
     seed: int
+    start: int
     augmentation: Augmentation
 
     def load(self, step: tf.Tensor) -> Batch:
@@ -169,7 +171,7 @@ class _Samples:
     def _read(self, step: np.int64) -> list[NDArray[Any]]:
         """For each slot the records and the random numbers of their places; then which samples are mixed, where
         mosaics' quarters meet, and the random numbers of the distortions."""
-        positions = sampling.rank_positions(int(step), self.batch_size, self.rank, self.num_ranks)
+        positions = self.start + sampling.rank_positions(int(step), self.batch_size, self.rank, self.num_ranks)
         epochs, own = sampling.entries(self.seed, len(self.numbers), positions)
         chosen, centre = composites.choose(self.seed, positions, len(self.numbers), self.augmentation)
         used = chosen != composites.EMPTY

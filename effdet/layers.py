@@ -1,12 +1,12 @@
-"""The layers Keras has not, or not fast enough: fused batch normalization, swish, depthwise
-convolutions with the published variable names, weighted fusion, stochastic depth.
+"""The layers Keras has not, or not fast enough: fused batch normalization, also over the images of all ranks, swish,
+depthwise convolutions with the published variable names, weighted fusion, stochastic depth.
 
 Fused operations run on the TensorFlow backend; every other backend takes the keras.ops form, which
 a test holds equal in value and gradient. Layouts are channels last.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -40,10 +40,23 @@ def fused_batch_norm(
 
     Gives the output in x's type and the new moving mean and variance, float32 [C].
     """
-    y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-        x, gamma, beta, *moving, epsilon=epsilon, exponential_avg_factor=1.0 - momentum
-    )
-    return y, mean, variance
+    y, mean, unbiased = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=epsilon)
+    count = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
+    _remember(y, x, gamma, beta, mean, unbiased * ((count - 1.0) / count), epsilon)
+    return (y, *_moved(moving, (mean, unbiased), momentum))
+
+
+def _remember(
+    y: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, epsilon: float
+) -> None:
+    """Notes at y, normalized x, for fused_swish how to make it again: rows of x, less a shift, times a scale, plus."""
+    y.normalized = x, mean, gamma * tf.math.rsqrt(variance + epsilon), tf.convert_to_tensor(beta)
+
+
+def _moved(before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], momentum: float) -> tuple[Tensor, Tensor]:
+    """Moving mean and variance after a batch of these."""
+    mean, variance = (momentum * old + (1.0 - momentum) * new for old, new in zip(before, now, strict=True))
+    return mean, variance
 
 
 def composed_batch_norm(
@@ -62,12 +75,107 @@ def composed_batch_norm(
     y = ops.cast(wide * scale + (beta - mean * scale), x.dtype)
     count = ops.cast(ops.size(x) // ops.shape(x)[-1], "float32")
     unbiased = variance * (count / ops.maximum(count - 1.0, 1.0))  # as the fused kernel
-    moving_mean, moving_variance = moving
-    return (
-        y,
-        momentum * moving_mean + (1.0 - momentum) * mean,
-        momentum * moving_variance + (1.0 - momentum) * unbiased,
+    return (y, *_moved(moving, (mean, unbiased), momentum))
+
+
+_ranks: ContextVar[tuple[Callable[[Tensor], Tensor], int] | None] = ContextVar("ranks", default=None)
+
+
+@contextlib.contextmanager
+def synchronized(stack: Callable[[Tensor], Tensor], size: int) -> Iterator[None]:
+    """Within it batch normalization in training takes mean and variance over the images of all `size` ranks.
+
+    `stack` gives every rank's tensor of one shape, [size, ...], by rank. Each rank has as many images. A layer stacks
+    once forward and once in the gradient, which is that of the sum of all ranks' losses. TensorFlow only, and nothing
+    that `jit_compile` could compile.
+    """
+    token = _ranks.set((stack, size))
+    try:
+        yield
+    finally:
+        _ranks.reset(token)
+
+
+def _statistics_of_ranks(
+    x: Tensor, epsilon: float, stack: Callable[[Tensor], Tensor], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and unbiased variance, float32 [C], of x [B,h,w,C] and every other rank's together."""
+    channels = x.shape[-1]
+    count = tf.cast(tf.size(x) // channels, tf.float32)  # of a rank
+    # The kernel takes half precision without a copy of x in float32. The variance it tells is unbiased.
+    _, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+        tf.stop_gradient(x), tf.ones([channels]), tf.zeros([channels]), epsilon=epsilon
     )
+    means, squares = tf.unstack(stack(tf.stack([mean, variance * (count - 1.0)])), axis=1)  # [size,C]
+    mean = tf.reduce_mean(means, axis=0)
+    # Of deviations: sums of squares are too large to tell the difference that a small variance is.
+    sum_of_squares = tf.reduce_sum(squares + count * tf.square(means - mean), axis=0)
+    count *= size
+    return mean, sum_of_squares / count, sum_of_squares / tf.maximum(count - 1.0, 1.0)
+
+
+def _normalized_over_ranks(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    stack: Callable[[Tensor], Tensor],
+    size: int,
+) -> Tensor:
+    """x of (x, gamma, beta) normalized by statistics of all ranks; the gradient takes them for what the x made them."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def normalize(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # As if the statistics were fixed; gamma's and beta's are this rank's share, as any other weight's.
+            _, d_gamma, d_beta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=upstream,
+                x=x,
+                scale=gamma,
+                reserve_space_1=mean,
+                reserve_space_2=variance,
+                reserve_space_3=tf.zeros([0]),
+                epsilon=epsilon,
+                is_training=False,
+            )
+            count = tf.cast(size * (tf.size(x) // x.shape[-1]), tf.float32)
+            # Over all ranks, the means of upstream and of upstream * normalized x: what the statistics pass on.
+            mean_beta, mean_gamma = tf.unstack(tf.reduce_sum(stack(tf.stack([d_beta, d_gamma])), axis=0) / count)
+            inverse = tf.math.rsqrt(variance + epsilon)
+            rows = [tf.reshape(each, [-1, x.shape[-1]]) for each in (upstream, x)]
+            d_x = _input_gradient(*rows, mean, mean_beta, mean_gamma * inverse, gamma * inverse)
+            return tf.reshape(d_x, tf.shape(x)), d_gamma, d_beta
+
+        y, *_ = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, mean, variance, epsilon=epsilon, is_training=False)
+        return y, gradient
+
+    x, gamma, beta = (tf.convert_to_tensor(each) for each in inputs)
+    y = normalize(x, gamma, beta)
+    _remember(y, x, gamma, beta, mean, variance, epsilon)
+    return y
+
+
+@tf.function(jit_compile=True, autograph=False)  # type: ignore[untyped-decorator]
+def _input_gradient(upstream: Tensor, x: Tensor, mean: Tensor, shift: Tensor, slope: Tensor, scale: Tensor) -> Tensor:
+    """scale * (upstream - shift - slope * (x - mean)) of rows [N,C] in one pass; the others are float32 [C]."""
+    wide = tf.cast(upstream, tf.float32) - shift - slope * (tf.cast(x, tf.float32) - mean)
+    return tf.cast(scale * wide, x.dtype)
+
+
+_seen: ContextVar[dict[str, tuple[Tensor, ...]] | None] = ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def recomputation(seen: dict[str, tuple[Tensor, ...]]) -> Iterator[None]:
+    """For running layers again whose results were not kept: with the same dictionary, empty the first time.
+
+    Batch normalization updates its moving statistics the first time only, and does not ask the ranks again.
+    """
+    token = _seen.set(seen)
+    try:
+        yield
+    finally:
+        _seen.reset(token)
 
 
 class FusedBatchNormalization(keras.layers.Layer):  # type: ignore[misc]
@@ -97,17 +205,33 @@ class FusedBatchNormalization(keras.layers.Layer):  # type: ignore[misc]
         mean = ops.convert_to_tensor(self.moving_mean)
         variance = ops.convert_to_tensor(self.moving_variance)
         if training and self.trainable:
-            normalize = fused_batch_norm if on_tensorflow() else composed_batch_norm
-            y, new_mean, new_variance = normalize(x, gamma, beta, (mean, variance), self.momentum, self.epsilon)
-            self.moving_mean.assign(new_mean)
-            self.moving_variance.assign(new_variance)
-            return y
+            return self._normalize_batch(x, gamma, beta, (mean, variance))
         if on_tensorflow():
             return tf.compat.v1.nn.fused_batch_norm(
                 x, gamma, beta, mean, variance, epsilon=self.epsilon, is_training=False
             )[0]
         scale = gamma * ops.rsqrt(variance + self.epsilon)
         return ops.cast(ops.cast(x, "float32") * scale + (beta - mean * scale), x.dtype)
+
+    def _normalize_batch(self, x: Tensor, gamma: Tensor, beta: Tensor, moving: tuple[Tensor, Tensor]) -> Tensor:
+        """x normalized by its own statistics, or by those of all ranks; moves the moving ones the first time."""
+        ranks, seen = _ranks.get(), _seen.get()
+        first = seen is None or self.name not in seen
+        statistics: tuple[Tensor, ...] = ()
+        if ranks is None:
+            normalize = fused_batch_norm if on_tensorflow() else composed_batch_norm
+            y, *moved = normalize(x, gamma, beta, moving, self.momentum, self.epsilon)
+        else:
+            statistics = seen[self.name] if seen and not first else _statistics_of_ranks(x, self.epsilon, *ranks)
+            batch_mean, variance, unbiased = statistics
+            y = _normalized_over_ranks((x, gamma, beta), batch_mean, variance, self.epsilon, *ranks)
+            moved = list(_moved(moving, (batch_mean, unbiased), self.momentum))
+        if first:
+            self.moving_mean.assign(moved[0])
+            self.moving_variance.assign(moved[1])
+        if seen is not None:
+            seen[self.name] = statistics
+        return y
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
@@ -129,16 +253,36 @@ def _swish_gradient(x: Tensor, upstream: Tensor) -> Tensor:
     return tf.cast(tf.cast(upstream, tf.float32) * slope, x.dtype)
 
 
-@tf.custom_gradient  # type: ignore[untyped-decorator]
+@tf.function(jit_compile=True, autograph=False)  # type: ignore[untyped-decorator]
+def _normalized_swish_gradient(rows: Tensor, upstream: Tensor, shift: Tensor, scale: Tensor, plus: Tensor) -> Tensor:
+    """The same with respect to what batch normalization made of rows [N,C]; the others are float32 [C]."""
+    wide = (tf.cast(rows, tf.float32) - shift) * scale + plus
+    return _swish_gradient(tf.cast(wide, rows.dtype), upstream)
+
+
 def fused_swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x) that keeps x alone for the gradient and computes that in one compiled pass."""
+    """x * sigmoid(x) that keeps x alone for the gradient and computes that in one compiled pass.
 
-    def gradient(upstream: Tensor) -> Tensor:
-        # flat, so that one trace and no rank-specific loop serve every feature map
-        flat = _swish_gradient(tf.reshape(x, [-1]), tf.reshape(upstream, [-1]))
-        return tf.reshape(flat, tf.shape(x))
+    It does not keep x either where that is the output of batch normalization, whose input is kept anyway: x is made
+    of it again in the same pass. That is a fifth of the memory of a training step.
+    """
+    source = getattr(x, "normalized", None)
 
-    return x * tf.sigmoid(x), gradient
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def swish(x: Tensor) -> Tensor:
+        def gradient(upstream: Tensor) -> Tensor:
+            # flat, so that one trace and no rank-specific loop serve every feature map
+            if source is None:
+                flat = _swish_gradient(tf.reshape(x, [-1]), tf.reshape(upstream, [-1]))
+            else:
+                before, *figures = source
+                rows = [tf.reshape(each, [-1, before.shape[-1]]) for each in (before, upstream)]
+                flat = _normalized_swish_gradient(*rows, *figures)
+            return tf.reshape(flat, tf.shape(upstream))
+
+        return x * tf.sigmoid(x), gradient
+
+    return swish(x)
 
 
 class Swish(keras.layers.Layer):  # type: ignore[misc]

@@ -101,6 +101,7 @@ def top_candidates(class_logits: Tensor, k: int, portable: bool = False) -> tupl
         return logits, *_pairs(indices, anchor_indices, num_classes)
     # And none is below the last of those anchors' best classes: of k*K pairs few more than k are left.
     least = best[:, -1] if num_anchors >= k else tf.fill(tf.shape(best)[:1], -np.inf)
+    least = tf.where(tf.math.is_finite(least), least, -np.inf)  # among NaN the order means nothing: none is left out
     logits, indices = tf.map_fn(
         lambda image: _top_k_above(image[0], image[1], min(k, pairs.shape[1])),
         (pairs, least),

@@ -142,9 +142,7 @@ def rank_positions(step: int, batch_size: int, rank: int, num_ranks: int) -> NDA
     return (step * num_ranks + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
 
 
-def first_step(epoch: int, num_records: int, global_batch: int) -> int:
-    """The step an epoch begins with, and so the number of steps of all epochs before it.
-
-    An epoch's steps are range(first_step(epoch), first_step(epoch + 1)).
-    """
-    return epoch * num_records // global_batch
+def steps_until(epochs: float, position: int, num_entries: int, global_batch: int) -> int:
+    """How many whole steps lie between a position of the stream and a time in epochs; 0 where that is past."""
+    end = math.floor(epochs * num_entries + 1e-6)  # a tenth of an epoch, ten times, is an epoch
+    return max(0, (end - position) // global_batch)

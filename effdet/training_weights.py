@@ -1,7 +1,7 @@
 """A model's weights out of a training checkpoint (effdet.checkpoint), by published name.
 
-best-*: the averaged weights by name. step-*: the state of training (effdet.training.TrainState), which holds trainable
-variables and their averages as one vector each, in the model's order.
+best-*: the averaged weights by name. step-*: the state of training (effdet.train_state.TrainState), which holds
+trainable variables and their averages as one vector each, in the model's order.
 """
 
 import math
@@ -19,36 +19,30 @@ from effdet.errors import EffdetError
 from effdet.stored_arrays import StoredArrays, in_memory
 from effdet.weights import published_variables
 
-CHECKPOINT_FILES = (checkpoint.ARRAYS_FILE, checkpoint.STATE_FILE)
 BN_STATISTICS = ("moving_mean", "moving_variance")
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether it is the folder of one training checkpoint."""
-    return (folder / checkpoint.STATE_FILE).is_file()
 
 
 def best_of(run: Path) -> Path | None:
     """The best weights in the folder of a run; None where it is no such folder. EffdetError where it has none yet."""
-    if checkpoint.newest(run, "step") is None and checkpoint.newest(run, "best") is None:
-        return None
     best = checkpoint.newest(run, "best")
-    if best is None:
-        raise EffdetError(f"{run}: has no best-... yet (a validation writes it); name one of its step-... folders")
-    return best
+    if best is not None:
+        return run / checkpoint.file_name("best", best)
+    if checkpoint.newest(run, "step") is None:
+        return None
+    raise EffdetError(f"{run}: has no best-... yet (a validation writes it); name one of its step-... files")
 
 
-def open_training_checkpoint(folder: Path, model: keras.Model, config: ModelConfig, ema: bool) -> StoredArrays:
+def open_training_checkpoint(path: Path, model: keras.Model, config: ModelConfig, ema: bool) -> StoredArrays:
     """The averaged weights and statistics, or without `ema` those that were trained; `model` gives names and order.
 
     EffdetError where the checkpoint is damaged, of another model, or has no others than averaged ones.
     """
-    arrays = checkpoint.read(folder).arrays
+    arrays = checkpoint.read(path).arrays
     if "ema_weights" in arrays:
-        return _of_state(arrays, f"training checkpoint {folder.name}", model, config, ema)
+        return _of_state(arrays, f"training checkpoint {path.name}", model, config, ema)
     if not ema:
-        raise EffdetError(f"{folder}: holds the averaged weights alone; name a step-... folder for the others")
-    return in_memory(f"training checkpoint {folder.name}", arrays, arrays)
+        raise EffdetError(f"{path}: holds the averaged weights alone; name a step-... file for the others")
+    return in_memory(f"training checkpoint {path.name}", arrays, arrays)
 
 
 def _of_state(

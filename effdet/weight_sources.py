@@ -13,13 +13,14 @@ from pathlib import Path
 import keras
 
 from effdet import backbone_weights
+from effdet.checkpoint import is_checkpoint
 from effdet.config import ModelConfig
 from effdet.errors import EffdetError
 from effdet.h5_weights import open_h5
 from effdet.stored_arrays import StoredArrays
 from effdet.tf_archive import unpacked
 from effdet.tf_checkpoint import newest_prefix, open_checkpoint
-from effdet.training_weights import CHECKPOINT_FILES, best_of, is_checkpoint, open_training_checkpoint
+from effdet.training_weights import best_of, open_training_checkpoint
 from effdet.weights import WEIGHTS_FILE, assign, check_fit, open_weights, published_variables
 
 ARCHIVES = (".tar.gz", ".tgz")
@@ -158,8 +159,6 @@ def num_classes(found: StoredArrays, config: ModelConfig) -> int:
 def files(source: str | Path) -> list[Path]:
     """The files that `load` reads of a path. EffdetError where there are none."""
     path = _resolved(Path(source))
-    if is_checkpoint(path):
-        return [path / name for name in CHECKPOINT_FILES]
     if path.is_file():
         return [path]
     parts = [file for file in path.parent.iterdir() if file.name.startswith(f"{path.name}.data-")]
@@ -167,10 +166,8 @@ def files(source: str | Path) -> list[Path]:
 
 
 def _resolved(path: Path) -> Path:
-    """The checkpoint folder, the file or the TensorFlow prefix that a path means. EffdetError where it means none."""
+    """The file or the TensorFlow prefix that a path means. EffdetError where it means none."""
     if path.is_dir():
-        if is_checkpoint(path):
-            return path
         if (path / WEIGHTS_FILE).is_file():
             return path / WEIGHTS_FILE
         return best_of(path) or newest_prefix(path)

@@ -25,9 +25,9 @@ from effdet.input_pipeline import Batch, train_batches
 from pipeline import class_table, local, params
 from pipeline.errors import PipelineError, run
 from pipeline.files import read_json, written_whole
+from pipeline.library_settings import augmentation_of, entries_of
 from pipeline.rendering import Drawn, with_boxes, write_text
 from pipeline.shard_files import MANIFEST, SHARDS, shard_paths
-from pipeline.training_run import augmentation_of, entries_of
 
 TILE = 320  # pixels to which an input's longer side is scaled
 GAP = 6  # pixels between pictures
@@ -132,7 +132,7 @@ def batch(
         rank=0,
         num_ranks=1,
         seed=seed,
-        start_step=0,
+        start=0,
         augmentation=augmentation,
         workers=workers,
         entries=entries,

@@ -1,5 +1,6 @@
-"""The errors of the stages, and how a stage ends when one is met: one line for a person, exit 1."""
+"""The errors of the stages, and how a stage ends when one is met: one line for a person, exit 1 (75: run it again)."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -8,9 +9,15 @@ from typing import NoReturn
 
 from effdet.errors import EffdetError
 
+RETRY_EXIT = os.EX_TEMPFAIL  # 75: what a job ends with that was told to stop, and goes on when it is run again
+
 
 class PipelineError(Exception):
     """Names what is wrong, where it stands, what was found and what to do."""
+
+
+class Preempted(PipelineError):  # noqa: N818 nothing went wrong
+    """The job was told to stop and has saved what it did; run again, it goes on there. Exit 75."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -18,6 +25,9 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, _end)
     try:
         main()
+    except Preempted as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(RETRY_EXIT)
     except (PipelineError, EffdetError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written

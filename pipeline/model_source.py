@@ -6,10 +6,10 @@ from pathlib import Path
 import keras
 from pydantic import ValidationError
 
-from effdet.checkpoint import STATE_FILE
+from effdet.checkpoint import describe, is_checkpoint
 from effdet.config import MODELS, model_config
 from effdet.model import build
-from effdet.training_weights import best_of, is_checkpoint
+from effdet.training_weights import best_of
 from effdet.weight_sources import Loaded, files, load, num_classes, opened
 from pipeline.class_table import Class, class_rows
 from pipeline.coco_classes import coco_classes
@@ -70,7 +70,7 @@ def _of_checkpoint(checkpoint: Path, ema: bool) -> StoredModel:
     config, classes, apply_exif = read_network(checkpoint.parent)
     model = build(config)
     loaded = load(model, config, checkpoint, ema)
-    written = read_json(checkpoint / STATE_FILE, "state of training")  # which `load` has checked; folders are renamed
+    written = describe(checkpoint)  # and not the name: files are renamed
     selected_by = "last" if written["state"] else "val AP"  # the best weights have no course to go on with
     return StoredModel(config, classes, _weights(checkpoint, loaded, selected_by, written["step"]), model, apply_exif)
 

@@ -171,10 +171,12 @@ class Train(Section):
     """Optimisation. Everything here changes the weights."""
 
     ranks: Count  # Horovod processes
-    batch_size: Count  # images a step and rank
+    batch_size: Count  # images a rank works on at a time
+    accumulate: Count  # such batches a step
     epochs: Count  # trained
     schedule_epochs: Count  # over which the cosine falls to zero; at least `epochs`
-    learning_rate: Positive  # after warm-up, for the whole of ranks x batch_size
+    learning_rate: Positive  # after the warm-up
+    learning_rate_batch: Count | None  # images a step that it is meant for: others scale it; null: taken as it is
     warmup_epochs: NonNegative
     warmup_learning_rate: NonNegative  # at step 0
     momentum: Fraction
@@ -186,8 +188,16 @@ class Train(Section):
     label_smoothing: Fraction
     huber_delta: Positive
     box_loss_weight: NonNegative
+    box_loss: Literal["huber", "giou", "ciou"]
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"]
     jit_compile: bool
+    tf32: bool  # NVIDIA GPUs from A100 on: float32 products of 10 bits
+    gradient_checkpointing: bool  # what stands inside of blocks is computed twice, instead of kept
+    sync_batch_norm: bool  # statistics over the images of all ranks
+    compression: Literal["none", "fp16", "bf16"]  # of the gradient between ranks
+    reduction: Literal["average", "adasum"]  # of the ranks' gradients
+    deterministic: bool  # on GPUs too; operations that cannot be so end the run
+    max_bad_steps: Annotated[int, Field(ge=0)]  # in a row, without a finite loss and gradient
     init_from: str | None  # "imagenet", or a path of weights: the whole model or its backbone begins with them
     init_checksum: Sha256 | None  # of what lies at that path; null takes what is there
     allow_head_mismatch: bool  # where the classes are others, the class head begins fresh
@@ -196,7 +206,7 @@ class Train(Section):
     augment: Augment
     evaluate_every: Count  # epochs; the best by AP on val is what train hands on
     early_stopping: Count | None  # evaluations without a better AP
-    checkpoint_every: Count  # epochs
+    checkpoint_every: Positive  # epochs
     keep_checkpoints: Count
 
     @model_validator(mode="after")
@@ -205,6 +215,13 @@ class Train(Section):
             raise ValueError(f"schedule_epochs {self.schedule_epochs} is below epochs {self.epochs}")
         if self.warmup_epochs >= self.schedule_epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is not below schedule_epochs {self.schedule_epochs}")
+        if self.reduction == "adasum" and (self.ranks & (self.ranks - 1) or self.compression != "none"):
+            raise ValueError(
+                f"reduction adasum takes 1, 2, 4, 8, ... ranks and compression none, got {self.ranks} ranks and "
+                f"compression {self.compression}"
+            )
+        if self.sync_batch_norm and self.jit_compile:
+            raise ValueError("sync_batch_norm true asks ranks while the network runs, which jit_compile true cannot")
         if self.init_checksum is not None and self.init_from in (None, IMAGENET):
             raise ValueError(f"init_checksum is of a path's content, and init_from is {self.init_from}; set it to null")
         return self

@@ -16,10 +16,16 @@ MARKS = {"fast", "slow", "system"}
 PACKAGES = {  # program -> Debian package, for the programs that tests need
     "chromium": "chromium",
     "ip": "iproute2",
+    "mount": "mount",
     "mpicxx": "libopenmpi-dev",
     "mpirun": "openmpi-bin",
+    "munged": "munge",
     "psql": "postgresql",
+    "sbatch": "slurm-client",
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
     "sshd": "openssh-server",
+    "unshare": "util-linux",
 }
 
 

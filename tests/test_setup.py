@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PREREQUISITES = ["python3.11", "gcc", "g++", "cmake", "make", "git"]
 # Of Debian's essential packages, what make's recipes and the Horovod script call.
-ESSENTIAL = ["awk", "bash", "cat", "cut", "dirname", "id", "mkdir", "mktemp", "nproc", "rm", "sha256sum", "touch"]
+ESSENTIAL = ["awk", "bash", "cat", "cp", "cut", "dirname", "grep", "gzip", "id", "mkdir", "mktemp", "nproc", "rm"]
+ESSENTIAL += ["sed", "sha256sum", "tar", "touch"]
 
 # Stands for python3.11 and for the interpreter of the environment it makes: writes down how it was called, and fails
-# where it installs the file that the environment variable names.
+# where it takes the file that the environment variable names.
 STUB_PYTHON = """#!/bin/bash
 echo "$*" >>"$CALLS"
 case "$*" in
   "-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cat "$0" >"$4/bin/python"; chmod +x "$4/bin/python" ;;
   *"$FAIL_AT") exit 1 ;;
+  "-m pip download "*) while [ "$1" != --dest ]; do shift; done; cp "$SDIST" "$2/horovod-0.28.1.tar.gz" ;;
 esac
 """
 
@@ -31,6 +34,7 @@ class Machine:
         self.project = folder / "project"
         self.programs = folder / "bin"
         self.calls_file = folder / "calls"
+        self.sdist = self._sdist(folder / "sdist")
         for part in ("docker", "requirements"):
             shutil.copytree(ROOT / part, self.project / part)
         shutil.copy(ROOT / "Makefile", self.project)
@@ -42,6 +46,16 @@ class Machine:
         for program in set(PREREQUISITES) - {"make"}:
             self.add(program)
 
+    def _sdist(self, folder: Path) -> Path:
+        """What the Horovod script changes of Horovod's source, packed."""
+        gloo = folder / "horovod-0.28.1" / "horovod" / "common" / "gloo"
+        gloo.mkdir(parents=True)
+        (gloo / "gloo_controller.cc").write_text("global_ranks_.reserve(size_);\n")
+        (gloo / "gloo_context.cc").write_text("::InitializeForProcessSet\n device_attr.iface = gloo_iface_;\n")
+        with tarfile.open(folder / "horovod.tar.gz", "w:gz") as archive:
+            archive.add(folder / "horovod-0.28.1", "horovod-0.28.1")
+        return folder / "horovod.tar.gz"
+
     def add(self, program: str) -> None:
         (self.programs / program).write_text(STUB_PYTHON if program == "python3.11" else "#!/bin/bash\n")
         (self.programs / program).chmod(0o755)
@@ -49,6 +63,7 @@ class Machine:
     def make(self, target: str = "setup", fail_at: str = "nothing") -> subprocess.CompletedProcess[str]:
         self.calls_file.unlink(missing_ok=True)
         environment = {"PATH": str(self.programs), "CALLS": str(self.calls_file), "FAIL_AT": fail_at}
+        environment["SDIST"] = str(self.sdist)
         return subprocess.run(
             [shutil.which("make") or "make", target],
             cwd=self.project,
@@ -66,7 +81,7 @@ class Machine:
 
     def installed(self) -> list[str]:
         """The requirement files of the last make, in order."""
-        return [Path(call).name for call in self.calls() if "-m pip install" in call]
+        return [Path(call).name for call in self.calls() if " -r " in call]
 
 
 @pytest.fixture

@@ -1,28 +1,34 @@
-"""What the ranks of test_distributed.py run: `horovodrun -np N python -m tests.effdet.horovod_job FOLDER N`.
+"""What the ranks of test_distributed.py run: `horovodrun -np N python -m tests.effdet.horovod_job FOLDER N [SLOW]`.
 
-Every rank writes what it ended with to FOLDER/RANK.npz.
+FOLDER/shards is there (tests.pipeline.tiny_training). Every rank writes what it ended with to FOLDER/RANK.npz. With
+SLOW, a rank that is slow, only the long training is done.
 """
 
-import dataclasses
 import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from effdet.augment import Augmentation
 from effdet.distributed import Ranks, connect
 from effdet.errors import EffdetError
+from effdet.input_pipeline import train_batches
 from effdet.layers import FusedBatchNormalization
-from effdet.training import Trainer, TrainState
-from tests.effdet.tiny import CONFIG, OPTIMIZATION, tiny_batch, tiny_model
+from effdet.train_state import TrainState
+from effdet.training import StepRecord
+from tests.effdet.tiny import CONFIG, IMAGES_AN_EPOCH, OPTIMIZATION, tiny_batch, tiny_model, tiny_trainer
 
-GLOBAL_BATCH = 6  # for 1, 2 and 3 ranks
+GLOBAL_BATCH = 8  # for 1, 2 and 4 ranks
 STEPS = 6
+MANY_STEPS = 50
+AUGMENTATION = Augmentation(True, 0.5, 1.5, colour=0.5, mixup=0.3)
 TOO_MUCH = 2.0**18  # a loss scale: a positive anchor's gradient leaves float16, a background's does not
 
 
@@ -45,25 +51,62 @@ def batches(ranks: Ranks, slow_rank: int | None = None) -> Iterator[dict[str, tf
         yield {key: value[ranks.rank * size :][:size] for key, value in whole.items()}
 
 
-def trained(model: keras.Model, ranks: Ranks, slow_rank: int | None = None) -> dict[str, NDArray[np.generic]]:
-    """The state after some steps, and each step's figures."""
-    optimization = dataclasses.replace(OPTIMIZATION, batch_size=GLOBAL_BATCH // ranks.size)
+def from_shards(folder: Path, ranks: Ranks) -> Iterator[dict[str, tf.Tensor]]:
+    """The same of real shards, augmented."""
+    return iter(
+        train_batches(
+            [folder / "shards" / "train-00000-of-00001.tfrecord"],
+            image_size=CONFIG.image_size,
+            max_boxes=4,
+            batch_size=GLOBAL_BATCH // ranks.size,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
+            seed=1,
+            start=0,
+            augmentation=AUGMENTATION,
+            workers=1,
+        )
+    )
+
+
+def trained(
+    model: keras.Model, ranks: Ranks, data: Iterator[dict[str, tf.Tensor]], steps: int = STEPS, **changes: Any
+) -> dict[str, NDArray[np.generic]]:
+    """The state after some steps, and each step's figures. `changes` are to OPTIMIZATION."""
     state = TrainState(model, OPTIMIZATION.momentum, loss_scaling=False)
-    trainer = Trainer(state, CONFIG, optimization, ranks)
-    records = [dataclasses.astuple(record) for record in trainer.run(batches(ranks, slow_rank), STEPS, 5.0)]
+    trainer = tiny_trainer(state, ranks, batch_size=GLOBAL_BATCH // ranks.size, **changes)
+    records = [figures(record) for record in trainer.run(data, steps, IMAGES_AN_EPOCH)]
     return {**state.arrays(), "records": np.array(records)}
+
+
+def figures(record: StepRecord) -> list[float]:
+    """What a record says of the step, without how long it took."""
+    return [record.learning_rate, record.loss, record.class_loss, record.box_loss, record.l2_loss, record.gradient_norm]
+
+
+GRADIENT_PARTS = (3, 4)
+
+
+def own_gradient(rank: int) -> tf.Tensor:
+    """A rank's gradient of two parts, for Adasum."""
+    return tf.constant(np.random.default_rng(rank).normal(size=sum(GRADIENT_PARTS)), tf.float32)
 
 
 def collectives(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
     """What each collective gives, for rank r: of r and 10 r, of r + 1, and so on."""
     variable = tf.Variable(float(ranks.rank + 5))
     ranks.broadcast([variable])
-    means = ranks.average([tf.constant(float(ranks.rank)), tf.constant([10.0 * ranks.rank])])
+    means = ranks.average([tf.constant(float(ranks.rank)), tf.constant([10.0 * ranks.rank])], "means")
     told = ranks.gather({"rank": ranks.rank, "text": "x" * ranks.rank})
+    vector = tf.constant([60000.0, -1.0, ranks.rank + 0.5, 0.0, 2.0 * ranks.rank])  # the first adds up beyond float16
     return {
+        "fp16": ranks.average_fp16(vector).numpy(),
+        "bf16": ranks.average_bf16(vector).numpy(),
+        "adasum": ranks.adasum(own_gradient(ranks.rank), GRADIENT_PARTS).numpy(),
         "mean": means[0].numpy(),
         "means": means[1].numpy(),
-        "sum": ranks.sum(tf.constant(ranks.rank + 1.0)).numpy(),
+        "stacked": ranks.stack(tf.constant([ranks.rank, 10])).numpy(),
+        "sum": ranks.sum(tf.constant(ranks.rank + 1.0), "sum").numpy(),
         "broadcast": variable.numpy(),
         "gathered": np.array([about["rank"] for about in told]),
     }
@@ -72,7 +115,6 @@ def collectives(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
 def not_finite(ranks: Ranks) -> str:
     """The error where the last rank's second batch spoils the loss."""
     state = TrainState(tiny_model(), OPTIMIZATION.momentum, loss_scaling=False)
-    optimization = dataclasses.replace(OPTIMIZATION, batch_size=GLOBAL_BATCH // ranks.size)
 
     def spoilt() -> Iterator[dict[str, tf.Tensor]]:
         for step, batch in enumerate(batches(ranks)):
@@ -80,7 +122,7 @@ def not_finite(ranks: Ranks) -> str:
             yield {**batch, "image": tf.cast(batch["image"], tf.float32) * float("nan")} if bad else batch
 
     try:
-        list(Trainer(state, CONFIG, optimization, ranks).run(spoilt(), 4, 5.0))
+        list(tiny_trainer(state, ranks, batch_size=GLOBAL_BATCH // ranks.size).run(spoilt(), 4, IMAGES_AN_EPOCH))
     except EffdetError as error:
         return str(error)
     return "no error"
@@ -95,9 +137,9 @@ class Watched:
         self.sum, self.broadcast, self.gather = ranks.sum, ranks.broadcast, ranks.gather
         self.finite = tf.Variable(True)
 
-    def average(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def average(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         self.finite.assign(tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors]))
-        return self._ranks.average(tensors)
+        return self._ranks.average(tensors, name)
 
 
 def overflow(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
@@ -107,8 +149,7 @@ def overflow(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
     """
     watched = Watched(ranks)
     state = TrainState(tiny_model(precision="mixed_float16"), OPTIMIZATION.momentum, loss_scaling=True)
-    optimization = dataclasses.replace(OPTIMIZATION, batch_size=GLOBAL_BATCH // ranks.size)
-    trainer = Trainer(state, CONFIG, optimization, watched)
+    trainer = tiny_trainer(state, watched, batch_size=GLOBAL_BATCH // ranks.size)
     scales, finite, norms, weights = [], [], [], [state.weights.numpy()]
     for step, batch in enumerate(itertools.islice(batches(ranks), 3)):
         if ranks.rank < ranks.size - 1:
@@ -118,8 +159,8 @@ def overflow(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
                 "class_ids": tf.fill(batch["class_ids"].shape, -1),
             }
         state.optimizer.dynamic_scale.assign(TOO_MUCH if step == 1 else 2.0**8)
-        (record,) = trainer.run(iter([batch]), 1, 5.0)
-        scales.append(state.loss_scale)
+        (record,) = trainer.run(iter([batch]), 1, IMAGES_AN_EPOCH)
+        scales.append(float(state.optimizer.dynamic_scale))
         finite.append(watched.finite.numpy())
         norms.append(record.gradient_norm)
         weights.append(state.weights.numpy())
@@ -129,19 +170,24 @@ def overflow(ranks: Ranks) -> dict[str, NDArray[np.generic]]:
     }
 
 
-def main(folder: Path, size: int) -> None:
+def main(folder: Path, size: int, slow_rank: int | None) -> None:
     ranks = connect(size)
-    results = {f"collective/{name}": value for name, value in collectives(ranks).items()}
-    if size <= 2:
-        results |= {f"frozen/{name}": value for name, value in trained(frozen_model(), ranks).items()}
-        results["error"] = np.array(not_finite(ranks))
-        results |= {f"overflow/{name}": value for name, value in overflow(ranks).items()}
-    slow_rank = int(sys.argv[3]) if len(sys.argv) > 3 else None
     # Each rank starts from other weights; rank 0's are to win.
     model = tiny_model(seed=1 + ranks.rank)
-    results |= {f"free/{name}": value for name, value in trained(model, ranks, slow_rank).items()}
-    np.savez(folder / f"{ranks.rank}.npz", **results)
+    found = {"free": trained(model, ranks, batches(ranks, slow_rank), MANY_STEPS)}
+    if slow_rank is None:
+        found["collective"] = collectives(ranks)
+    if slow_rank is None and size == 2:
+        found["frozen"] = trained(frozen_model(), ranks, from_shards(folder, ranks))
+        found["synchronized"] = trained(tiny_model(), ranks, from_shards(folder, ranks), steps=1, sync_batch_norm=True)
+        found["apart"] = trained(tiny_model(), ranks, from_shards(folder, ranks), steps=1)
+        found["narrow"] = trained(frozen_model(), ranks, from_shards(folder, ranks), compression="bf16")
+        found["adasum"] = trained(frozen_model(), ranks, from_shards(folder, ranks), reduction="adasum")
+        found["overflow"] = overflow(ranks)
+        found["error"] = {"text": np.array(not_finite(ranks))}
+    named = {f"{part}/{name}": value for part, values in found.items() for name, value in values.items()}
+    np.savez(folder / f"{ranks.rank}.npz", **named)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)

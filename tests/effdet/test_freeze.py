@@ -5,11 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from effdet.distributed import OneProcess
 from effdet.errors import EffdetError
-from effdet.training import Trainer, TrainState, freeze
+from effdet.train_state import TrainState, freeze
 from effdet.weights import published_variables
-from tests.effdet.tiny import CONFIG, OPTIMIZATION, tiny_batch, tiny_model
+from tests.effdet.tiny import IMAGES_AN_EPOCH, OPTIMIZATION, tiny_batch, tiny_model, tiny_trainer
 
 
 def _values(model):
@@ -17,8 +16,8 @@ def _values(model):
 
 
 def _train(model, steps):
-    trainer = Trainer(TrainState(model, OPTIMIZATION.momentum, loss_scaling=False), CONFIG, OPTIMIZATION, OneProcess())
-    list(trainer.run(map(tiny_batch, itertools.count()), steps, 5.0))
+    trainer = tiny_trainer(TrainState(model, OPTIMIZATION.momentum, loss_scaling=False))
+    list(trainer.run(map(tiny_batch, itertools.count()), steps, IMAGES_AN_EPOCH))
     return trainer.state
 
 

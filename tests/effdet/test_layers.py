@@ -1,5 +1,7 @@
 """Each layer against its plain form, another implementation, or hand-computed numbers; values and gradients."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -74,6 +76,20 @@ def test_frozen_batch_norm_keeps_its_statistics():
     assert not np.asarray(layer.moving_mean).any()
 
 
+def test_only_a_free_layer_in_training_asks_the_other_ranks():
+    def gradient(trainable, training):
+        asked, layer, x = [], normalization(), tf.constant(random(2, 4, 4, 8))
+        layer.build(x.shape)
+        layer.trainable = trainable
+        with layers.synchronized(lambda tensor: asked.append(tensor) or tensor[None], 1), tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=training)
+        tape.gradient(y, x)
+        return len(asked)
+
+    assert [gradient(True, True), gradient(False, True), gradient(True, False)] == [2, 0, 0]  # forward and backward
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_batch_norm_statistics_are_float32_under_mixed_precision(policy):
     x = random(8, 16, 16, 4) * 200 + 300  # squares overflow float16
@@ -114,6 +130,47 @@ def test_swish_gradient_in_half_precision_is_rounded_once(dtype, bound):
     sigmoid = 1 / (1 + np.exp(-wide))
     assert gradient.dtype == y.dtype == x.dtype
     assert np.abs(np.asarray(tf.cast(gradient, tf.float32)) - sigmoid * (1 + wide * (1 - sigmoid))).max() < bound
+
+
+def normalized_swish(policy, swish, over_one_rank=False):
+    """Output and gradients of swish after batch normalization in training, and the graph."""
+    x, upstream = tf.constant(random(4, 6, 5, 8) * 3 + 100), random(4, 6, 5, 8, seed=1)
+    layer = normalization(policy)
+    layer.build(x.shape)
+    layer.set_weights([random(8, seed=2), random(8, seed=3), np.zeros(8), np.ones(8)])
+    one_rank = layers.synchronized(lambda tensor: tensor[None], 1) if over_one_rank else contextlib.nullcontext()
+
+    @tf.function(autograph=False)
+    def run():
+        with one_rank, tf.GradientTape() as tape:
+            tape.watch(x)
+            y = swish(layer(tf.cast(x, layer.compute_dtype), training=True))
+        sources = [x, layer.gamma.value, layer.beta.value]
+        return y, *tape.gradient(y, sources, tf.cast(upstream, y.dtype))
+
+    return run(), run.get_concrete_function().graph
+
+
+@pytest.mark.parametrize("over_one_rank", [False, True])
+@pytest.mark.parametrize(("policy", "bound"), [("float32", 2e-6), ("mixed_float16", 2e-3), ("mixed_bfloat16", 1.6e-2)])
+def test_swish_after_batch_norm_is_keras_own(policy, bound, over_one_rank):
+    found, _ = normalized_swish(policy, layers.fused_swish, over_one_rank)
+    expected, _ = normalized_swish(policy, keras.ops.silu)
+    assert [relative_error(a, b) for a, b in zip(found, expected, strict=True)] == pytest.approx([0] * 4, abs=bound)
+
+
+def test_swish_keeps_nothing_of_batch_norm_for_the_gradient():
+    def uses(swish):  # of the normalized values; the gradient's begins with a reshape
+        _, graph = normalized_swish("float32", swish)
+        (norm,) = [operation for operation in graph.get_operations() if operation.type == "FusedBatchNormV3"]
+        return {use.type for use in norm.outputs[0].consumers()}
+
+    def not_told(x):
+        del x.normalized
+        return layers.fused_swish(x)
+
+    assert "Reshape" in uses(not_told)
+    assert "Reshape" not in uses(layers.fused_swish)
 
 
 def test_swish_layer_takes_the_fused_form_in_training_only():

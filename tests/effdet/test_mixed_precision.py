@@ -18,7 +18,8 @@ from effdet.losses import detection_loss
 from effdet.postprocess import PostprocessConfig, detect
 from effdet.preprocess import normalize, resize
 from effdet.schedule import Schedule
-from effdet.training import Trainer, TrainState
+from effdet.train_state import TrainState
+from effdet.training import Trainer
 from tests.effdet.golden import GOLDEN
 from tests.effdet.tiny import OPTIMIZATION
 
@@ -69,8 +70,11 @@ def train(config, steps, backbone=None):
             layer.momentum = 0.9  # the published 0.99 takes more steps
     schedule = Schedule(learning_rate=0.06, warmup_learning_rate=0.006, warmup_epochs=steps / 10, epochs=float(steps))
     state = TrainState(net, OPTIMIZATION.momentum, loss_scaling=False)
-    trainer = Trainer(state, config, dataclasses.replace(OPTIMIZATION, schedule=schedule), OneProcess())
-    losses = [record.loss for record in trainer.run(itertools.repeat(real_batch(config)), steps, 1.0)]
+    optimization = dataclasses.replace(OPTIMIZATION, schedule=schedule)
+    trainer = Trainer(state, config, optimization, OneProcess(), lambda step, batch: f"batch {step}")
+    losses = [
+        record.loss for record in trainer.run(itertools.repeat(real_batch(config)), steps, OPTIMIZATION.batch_size)
+    ]
     assert losses[-1] < 0.6 * losses[0]
     return net
 

@@ -77,7 +77,7 @@ def test_remainder_opens_the_next_epoch():
     np.testing.assert_array_equal(stream[:, 0], [0] * 10 + [1] * 10)
     for epoch in (0, 1):
         np.testing.assert_array_equal(np.sort(stream[stream[:, 0] == epoch, 1]), np.arange(10))
-    assert [sampling.first_step(epoch, 10, 4) for epoch in range(4)] == [0, 2, 5, 7]
+    assert [sampling.steps_until(epoch, 0, 10, 4) for epoch in range(4)] == [0, 2, 5, 7]
 
 
 def test_global_batch_larger_than_the_data_set():
@@ -85,7 +85,7 @@ def test_global_batch_larger_than_the_data_set():
     stream = batches(1, 3, batch_size=4, num_ranks=2, steps=[0]).reshape(-1, 2)
     np.testing.assert_array_equal(stream[:, 0], [0, 0, 0, 1, 1, 1, 2, 2])
     np.testing.assert_array_equal(np.sort(stream[:6, 1].reshape(2, 3), axis=1), [[0, 1, 2]] * 2)
-    assert [sampling.first_step(epoch, 3, 8) for epoch in range(4)] == [0, 0, 0, 1]
+    assert [sampling.steps_until(epoch, 0, 3, 8) for epoch in range(4)] == [0, 0, 0, 1]
 
 
 def test_no_record_is_named():

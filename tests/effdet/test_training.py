@@ -9,23 +9,23 @@ import tensorflow as tf
 
 from effdet import checkpoint
 from effdet.checkpoint import Checkpoint
-from effdet.distributed import OneProcess
 from effdet.errors import EffdetError
-from effdet.training import Trainer, TrainState
-from tests.effdet.tiny import CONFIG, OPTIMIZATION, tiny_batch, tiny_model
+from effdet.layers import FusedBatchNormalization
+from effdet.train_state import TrainState
+from tests.effdet.tiny import IMAGES_AN_EPOCH, OPTIMIZATION, tiny_batch, tiny_model, tiny_trainer
 
-STEPS_PER_EPOCH = 5.0
+pytestmark = pytest.mark.slow
 
 
 def new_trainer(precision="float32", **changes):
     state = TrainState(tiny_model(precision=precision), OPTIMIZATION.momentum, precision == "mixed_float16")
-    return Trainer(state, CONFIG, dataclasses.replace(OPTIMIZATION, **changes), OneProcess())
+    return tiny_trainer(state, **changes)
 
 
 def run(trainer, steps):
     """Steps on the batches that belong to them."""
     batches = map(tiny_batch, itertools.count(trainer.state.step))
-    return list(trainer.run(batches, steps, STEPS_PER_EPOCH))
+    return list(trainer.run(batches, steps, IMAGES_AN_EPOCH))
 
 
 def assert_same_bits(found, expected):
@@ -47,6 +47,16 @@ def trainer(trained):
     found, start = trained
     found.state.restore(0, start)
     return found
+
+
+@pytest.fixture
+def tolerant(trainer):
+    """The trainer, which takes one bad step in a row."""
+    before = trainer.optimization
+    trainer.optimization = dataclasses.replace(before, max_bad_steps=1)
+    yield trainer
+    trainer.optimization = before
+    trainer._bad = trainer._skipped = 0
 
 
 def test_loss_falls(trainer):
@@ -157,38 +167,117 @@ def test_checkpoint_of_another_model_is_refused(trainer):
         trainer.state.restore(1, {name: array for name, array in arrays.items() if name != "weights"})
 
 
-def test_loss_that_is_not_finite_names_step_rank_and_images(trainer):
-    run(trainer, 2)
-    arrays = trainer.state.arrays()
-    arrays["weights"] = np.full_like(arrays["weights"], np.nan)
-    trainer.state.restore(2, arrays)
+def spoilt(batch):
+    return {**batch, "image": tf.cast(batch["image"], tf.float32) * float("nan")}
+
+
+def bad_steps(trainer, steps):
+    """Steps from here on, all on batches whose loss is no number."""
+    batches = (spoilt(tiny_batch(step)) for step in itertools.count(trainer.state.step))
+    return trainer.run(batches, steps, IMAGES_AN_EPOCH)
+
+
+def test_bad_step_changes_nothing_and_the_next_one_does(tolerant, capsys):
+    run(tolerant, 2)
+    before = tolerant.state.arrays()
+    (record,) = bad_steps(tolerant, 1)
+    assert record.bad
+    assert np.isnan(record.loss)
+    assert "training: step 2: not finite" in capsys.readouterr().out
+    after = tolerant.state.arrays()
+    assert (before.pop("images"), after.pop("images")) == (8, 12)  # its images are past
+    assert_same_bits(after, before)
+    (record,) = run(tolerant, 1)
+    assert not record.bad
+    assert not np.array_equal(tolerant.state.arrays()["weights"], before["weights"])
+
+
+def test_too_many_bad_steps_name_step_rank_images_and_where_the_batch_is(tolerant):
+    run(tolerant, 2)
+    before = tolerant.state.arrays()["weights"]
+    assert len(list(bad_steps(tolerant, 1))) == 1  # max_bad_steps 1
     with pytest.raises(
-        EffdetError, match=r"step 2: not finite .* rank 0: loss nan, image ids \[2000, 2001, 2002, 2003\]"
+        EffdetError,
+        match=r"step 3: not finite .* rank 0: loss nan, image ids \[3000, 3001, 3002, 3003\]; 2 such steps in a row .* "
+        r"the batch is in batch 3",
     ):
-        run(trainer, 2)
+        list(bad_steps(tolerant, 1))
+    np.testing.assert_array_equal(tolerant.state.arrays()["weights"], before)
+
+
+def test_good_step_between_bad_ones_begins_the_count_anew(tolerant):
+    for _ in range(3):
+        list(bad_steps(tolerant, 1))
+        run(tolerant, 1)
+    assert tolerant.state.step == 6
+
+
+def test_asked_to_stop_ends_after_the_steps_that_were_handed_out(trainer):
+    records = []
+    for record in trainer.run(map(tiny_batch, itertools.count()), 9, IMAGES_AN_EPOCH):
+        records.append(record.stop)
+        trainer.stop_asked = len(records) >= 2  # of steps 0 and 1: step 2 is at work, 3 is the first that knows
+    trainer.stop_asked = False
+    assert records == [False, False, False, True, True]
+    assert trainer.state.step == 5
+
+
+def test_accumulated_steps_equal_steps_of_a_larger_batch():
+    """BatchNorm frozen. One step of 2 x 2 images, and one of 4."""
+    whole, parts = frozen_trainer(batch_size=4), frozen_trainer(batch_size=2, accumulate=2)
+    start = whole.state.arrays()["weights"]
+    for expected, found in zip(run(whole, 3), run(parts, 3), strict=True):
+        for name in ("learning_rate", "loss", "class_loss", "box_loss", "l2_loss", "gradient_norm"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+    expected, found = whole.state.arrays(), parts.state.arrays()
+    moved = np.abs(expected["weights"] - start).max()
+    assert moved > 0
+    np.testing.assert_allclose(found["weights"], expected["weights"], rtol=0, atol=1e-4 * moved)
+    assert found["images"] == expected["images"] == 12
+
+
+def test_checkpointed_gradients_are_the_same(trainer):
+    kept, again = run(trainer, 3), run(new_trainer(gradient_checkpointing=True), 3)
+    for expected, found in zip(kept, again, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("box_loss", ["giou", "ciou"])
+def test_iou_losses_train(box_loss):
+    losses = dataclasses.replace(OPTIMIZATION.losses, box_loss=box_loss, box_loss_weight=1.0)
+    found = [record.box_loss for record in run(new_trainer(losses=losses), 20)]
+    assert np.mean(found[-5:]) < np.mean(found[:5]) < 2.0
+
+
+def frozen_trainer(**changes):
+    model = tiny_model()
+    for layer in model.layers:
+        if isinstance(layer, FusedBatchNormalization):
+            layer.trainable = False
+    return tiny_trainer(TrainState(model, OPTIMIZATION.momentum, loss_scaling=False), **changes)
 
 
 def test_images_without_boxes_train(trainer):
     batch = tiny_batch(0)
     empty = {**batch, "boxes": tf.zeros_like(batch["boxes"]), "class_ids": tf.fill(batch["class_ids"].shape, -1)}
-    (record,) = trainer.run(iter([empty]), 1, STEPS_PER_EPOCH)
+    (record,) = trainer.run(iter([empty]), 1, IMAGES_AN_EPOCH)
     assert record.box_loss == 0
     assert np.isfinite(record.loss)
 
 
-@pytest.mark.slow
 def test_float16_skips_a_step_that_overflows(trainer):
     (expected,) = run(trainer, 1)
     half = new_trainer("mixed_float16")
     state = half.state
-    assert state.loss_scale == 2.0**15
+    assert state.optimizer.dynamic_scale.numpy() == 2.0**15
     before = state.arrays()
     state.optimizer.dynamic_scale.assign(2.0**60)  # far beyond float16
     (record,) = run(half, 1)
     after = state.arrays()
     assert np.isfinite(record.loss)
     assert not np.isfinite(record.gradient_norm)
-    assert state.loss_scale == 2.0**59
+    assert state.optimizer.dynamic_scale.numpy() == 2.0**59
     np.testing.assert_array_equal(after["weights"], before["weights"])
 
     state.restore(0, before)
@@ -198,7 +287,6 @@ def test_float16_skips_a_step_that_overflows(trainer):
     assert not np.array_equal(state.arrays()["weights"], before["weights"])
 
 
-@pytest.mark.slow
 def test_bfloat16_is_near_float32(trainer):
     (record,) = run(new_trainer("mixed_bfloat16"), 1)
     (expected,) = run(trainer, 1)
@@ -206,7 +294,6 @@ def test_bfloat16_is_near_float32(trainer):
     assert record.gradient_norm == pytest.approx(expected.gradient_norm, rel=0.2)
 
 
-@pytest.mark.slow
 def test_compiled_equals_uncompiled(trainer):
     (record,) = run(new_trainer(jit_compile=True), 1)
     (expected,) = run(trainer, 1)

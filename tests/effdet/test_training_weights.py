@@ -9,11 +9,10 @@ import pytest
 from effdet import checkpoint, weight_sources
 from effdet.checkpoint import Checkpoint
 from effdet.config import BACKBONES, Backbone
-from effdet.distributed import connect
 from effdet.errors import EffdetError
-from effdet.training import Trainer, TrainState, freeze
+from effdet.train_state import TrainState, freeze
 from effdet.weights import published_variables
-from tests.effdet.tiny import CONFIG, OPTIMIZATION, tiny_batch, tiny_model
+from tests.effdet.tiny import CONFIG, tiny_batch, tiny_model, tiny_trainer
 
 HEAD = "class_net/class-predict/"
 
@@ -32,10 +31,10 @@ def trained(folder, frozen):
     if frozen:
         freeze(model, frozen)
     state = TrainState(model, 0.9, loss_scaling=False)
-    trainer = Trainer(state, CONFIG, dataclasses.replace(OPTIMIZATION), connect(1))
-    list(trainer.run(iter([tiny_batch(0), tiny_batch(1)]), 2, 2.0))
-    checkpoint.save(folder, "step", Checkpoint(2, state.arrays(), {}, 2))
+    trainer = tiny_trainer(state)
+    list(trainer.run(iter([tiny_batch(0), tiny_batch(1)]), 2, 8))
     checkpoint.save(folder, "best", Checkpoint(2, state.averaged_arrays(), {}))
+    checkpoint.save(folder, "step", Checkpoint(2, state.arrays(), {}, 2))
     return state.averaged_arrays(), values(model)
 
 
@@ -51,7 +50,7 @@ def fresh():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["step-00000002", "best-00000002", "."])
+@pytest.mark.parametrize("place", ["step-00000002.safetensors", "best-00000002.safetensors", "."])
 def test_averaged_weights(run, fresh, place):
     folder, averaged, raw = run
     assert not same(averaged, raw)
@@ -63,15 +62,15 @@ def test_averaged_weights(run, fresh, place):
 @pytest.mark.slow
 def test_weights_as_trained(run, fresh):
     folder, _, raw = run
-    assert weight_sources.load(fresh, CONFIG, folder / "step-00000002", ema=False).averaged == 0
+    assert weight_sources.load(fresh, CONFIG, folder / "step-00000002.safetensors", ema=False).averaged == 0
     assert same(values(fresh), raw)
     with pytest.raises(EffdetError, match="holds the averaged weights alone"):
-        weight_sources.load(fresh, CONFIG, folder / "best-00000002", ema=False)
+        weight_sources.load(fresh, CONFIG, folder / "best-00000002.safetensors", ema=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 7])
-@pytest.mark.parametrize("place", ["step-00000002", "best-00000002"])
+@pytest.mark.parametrize("place", ["step-00000002.safetensors", "best-00000002.safetensors"])
 def test_another_number_of_classes(run, place, classes):
     folder, averaged, _ = run
     config = dataclasses.replace(CONFIG, num_classes=classes)
@@ -89,19 +88,19 @@ def test_another_number_of_classes(run, place, classes):
 def test_a_state_of_another_network(run, tmp_path):
     other = dataclasses.replace(CONFIG, fpn_channels=24)
     with pytest.raises(EffdetError, match=r"is of another model|do not fit"):
-        weight_sources.load(tiny_model(other), other, run[0] / "step-00000002", allow_head_mismatch=True)
+        weight_sources.load(tiny_model(other), other, run[0] / "step-00000002.safetensors", allow_head_mismatch=True)
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint(run, fresh, tmp_path):
     _, averaged, _ = run
     checkpoint.save(tmp_path, "best", Checkpoint(1, averaged, {}))
-    file = tmp_path / "best-00000001" / checkpoint.ARRAYS_FILE
+    file = tmp_path / "best-00000001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     before = values(fresh)
-    with pytest.raises(EffdetError, match="damaged: its SHA-256 differs"):
+    with pytest.raises(EffdetError, match="damaged: the arrays' SHA-256 differs"):
         weight_sources.load(fresh, CONFIG, tmp_path)
     assert same(values(fresh), before)
 
@@ -123,8 +122,8 @@ def test_a_state_that_lacks_arrays(tmp_path, arrays, ema, words):
     kept = {name: np.zeros(length if shape is None else shape, np.float32) for name, shape in arrays.items()}
     kept |= {f"model/{name}": value for name, value in others.items()}
     checkpoint.save(tmp_path, "step", Checkpoint(1, kept, {}))
-    with pytest.raises(EffdetError, match=rf"training checkpoint step-00000001: {words}"):
-        weight_sources.load(model, CONFIG, tmp_path / "step-00000001", ema=ema)
+    with pytest.raises(EffdetError, match=rf"training checkpoint step-00000001.safetensors: {words}"):
+        weight_sources.load(model, CONFIG, tmp_path / "step-00000001.safetensors", ema=ema)
 
 
 def test_a_run_without_best_weights(tmp_path):
@@ -140,4 +139,4 @@ def test_the_newest_best_of_a_run(tmp_path):
     for step in (2, 10):
         checkpoint.save(tmp_path, "best", Checkpoint(step, {"x": np.zeros(1, np.float32)}, {}))
     names = [path.relative_to(tmp_path).as_posix() for path in weight_sources.files(tmp_path)]
-    assert names == ["best-00000010/arrays.safetensors", "best-00000010/state.json"]
+    assert names == ["best-00000010.safetensors"]

@@ -1,6 +1,7 @@
 """A network of the family that is small enough to be traced and trained in a test, and batches for it."""
 
 import dataclasses
+from typing import Any
 from unittest import mock
 
 import keras
@@ -8,10 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from effdet.config import BACKBONES, Backbone, ModelConfig, model_config
+from effdet.distributed import OneProcess, Ranks
 from effdet.losses import LossConfig
 from effdet.model import build
 from effdet.schedule import Schedule
-from effdet.training import Optimization
+from effdet.train_state import TrainState
+from effdet.training import Optimization, Trainer
 
 CONFIG = dataclasses.replace(
     model_config("efficientdet-lite0", num_classes=3),
@@ -26,15 +29,29 @@ CONFIG = dataclasses.replace(
 
 OPTIMIZATION = Optimization(
     batch_size=4,
+    accumulate=1,
     schedule=Schedule(learning_rate=0.05, warmup_learning_rate=0.01, warmup_epochs=0.5, epochs=4.0),
     momentum=0.9,
     weight_decay=4e-5,
     clip_norm=10.0,
     ema_decay=0.99,
-    losses=LossConfig(focal_alpha=0.25, focal_gamma=1.5, label_smoothing=0.0, huber_delta=0.1, box_loss_weight=50.0),
+    losses=LossConfig(
+        focal_alpha=0.25,
+        focal_gamma=1.5,
+        label_smoothing=0.0,
+        huber_delta=0.1,
+        box_loss_weight=50.0,
+        box_loss="huber",
+    ),
     jit_compile=False,
+    gradient_checkpointing=False,
+    sync_batch_norm=False,
+    compression="none",
+    reduction="average",
+    max_bad_steps=0,
     seed=3,
 )
+IMAGES_AN_EPOCH = 20  # 5 steps of 4
 
 
 def tiny_model(config: ModelConfig = CONFIG, precision: str = "float32", seed: int = 1) -> keras.Model:
@@ -42,6 +59,12 @@ def tiny_model(config: ModelConfig = CONFIG, precision: str = "float32", seed: i
     keras.utils.set_random_seed(seed)
     with mock.patch.dict(BACKBONES, {"tiny": Backbone(width=0.25, depth=0.3, lite=True)}):
         return build(config, precision)
+
+
+def tiny_trainer(state: TrainState, ranks: Ranks | None = None, **changes: Any) -> Trainer:
+    """The trainer of CONFIG; `changes` are to OPTIMIZATION. It keeps no bad batch: it names its step."""
+    optimization = dataclasses.replace(OPTIMIZATION, **changes)
+    return Trainer(state, CONFIG, optimization, ranks or OneProcess(), lambda step, batch: f"batch {step}")
 
 
 def tiny_batch(step: int, size: int = OPTIMIZATION.batch_size) -> dict[str, tf.Tensor]:

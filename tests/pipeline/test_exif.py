@@ -127,7 +127,7 @@ def test_training_and_evaluation_see_what_a_detector_does(tmp_path, apply_exif):
     shards = [tmp_path / "a.tfrecord"]
     (judged,) = evaluation_batches(shards, **asked)
     plain = Augmentation(horizontal_flip=False, jitter_min=1.0, jitter_max=1.0)
-    trained = next(iter(train_batches(shards, seed=1, start_step=0, augmentation=plain, **asked)))
+    trained = next(iter(train_batches(shards, seed=1, start=0, augmentation=plain, **asked)))
     places = {image_id: place for place, image_id in enumerate(trained["image_id"].numpy().tolist())}
     for place, (number, file) in enumerate(files.items()):
         seen = decode_picture(file, "a test", apply_exif)

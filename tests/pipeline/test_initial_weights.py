@@ -125,7 +125,7 @@ def test_a_run_and_a_checkpoint_of_it_are_beginnings_too(tmp_path):
             expected = values(read_model(tmp_path / "model").model)
         assert all(np.array_equal(begun[name], expected[name]) for name in expected)
         assert not all(np.array_equal(begun[name], handed_on[name]) for name in expected)  # those were averages
-        second._lock.close()
+        second._open.close()
 
 
 def test_a_bare_checkpoint_opens_as_a_detector(tmp_path):
@@ -134,12 +134,12 @@ def test_a_bare_checkpoint_opens_as_a_detector(tmp_path):
     made.train()
     with mock.patch.dict(BACKBONES, TINY):
         handed_on = values(read_model(tmp_path / "model").model)
-        for name in ("", f"best-{made.standing.best_step:08d}"):
-            stored = open_model(str(made.folder / name))
+        for name in ("", f"best-{made.standing.best_step:08d}.safetensors"):
+            stored = open_model(f"{made.folder}/{name}")
             assert stored.config == CONFIG
             assert [row.model_dump() for row in stored.classes] == CLASSES
             assert all(np.array_equal(array, handed_on[key]) for key, array in values(stored.model).items())
-        last = open_model(str(made.folder / f"step-{made.trainer.state.step:08d}"), ema=False)
+        last = open_model(f"{made.folder}/step-{made.trainer.state.step:08d}.safetensors", ema=False)
     trained = values(made.trainer.state.model)
     assert all(np.array_equal(array, trained[name]) for name, array in values(last.model).items())
     assert (last.weights.kind, last.weights.selected_by) == ("raw", "last")
@@ -148,8 +148,9 @@ def test_a_bare_checkpoint_opens_as_a_detector(tmp_path):
 def test_rank_0_alone_reads_the_weights_and_both_ranks_begin_with_them(tmp_path, raw, archive):
     make_shards(tmp_path / "shards")
     line = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "tests.pipeline.tiny_training", str(tmp_path)]
-    environment = {**os.environ, "INIT_FROM": str(archive)}
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
+    own, others = {"init_from": str(archive), "allow_head_mismatch": True}, {"init_from": "nowhere"}
+    options = ["--train", json.dumps(own), "--others", json.dumps(others)]
+    done = subprocess.run([*line, *options], cwd=ROOT, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("class head left out: 90 classes there, 3 here") == 1
     with mock.patch.dict(BACKBONES, TINY):

@@ -21,6 +21,13 @@ def test_the_environment_stands_above_the_file(tmp_path: Path, monkeypatch: pyte
     assert settings.loader_workers == 3
 
 
+def test_a_block_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFDET_LAUNCHER", "slurm")
+    monkeypatch.setenv("EFFDET_SLURM", "{ranks_per_node: 8, options: [--partition=gpu]}")
+    settings = local.load(tmp_path / "local.yaml")
+    assert settings.slurm == local.Slurm(ranks_per_node=8, options=["--partition=gpu"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -28,6 +35,15 @@ def test_the_environment_stands_above_the_file(tmp_path: Path, monkeypatch: pyte
         ("host: [a:4]", "host: unknown key; did you mean hosts"),
         ("loader_workers: many", "loader_workers: expected an integer, got 'many'"),
         ("- a", "expected keys and values"),
+        ("hosts: ['a:1,b:1']", "hosts.0: string should match"),
+        ("launcher: ssh", "launcher: input should be 'horovodrun', 'mpirun', 'slurm' or 'kubernetes'"),
+        ("launcher: slurm", "launcher slurm needs the block slurm"),
+        ("launcher: slurm\nslurm: {ranks_per_node: 2, options: [-N2]}", "slurm.options.0: string should match"),
+        ("launcher: slurm\nslurm: {ranks_per_node: 2}\nhosts: [a:1]", "finds the hosts itself; leave out hosts"),
+        ("launcher: mpirun\nelastic: {min_ranks: 1, max_ranks: 2, discovery: x}", "elastic needs launcher horovodrun"),
+        ("elastic: {min_ranks: 3, max_ranks: 2, discovery: x}", "elastic.min_ranks 3 is above max_ranks 2"),
+        ("elastic: {min_ranks: 1, max_ranks: 2, discovery: x}\nhosts: [a:1]", "elastic.discovery names the hosts"),
+        ("stall_seconds: 11", "stall_seconds: input should be greater than or equal to 12"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -151,7 +151,7 @@ def test_a_checkpoint_with_its_description(tmp_path):
     with pytest.raises(PipelineError, match=r"network\.json not found in the folder around it"):
         open_model(str(tmp_path / "run"))
     write_network(tmp_path / "run", config, class_rows(CLASSES), apply_exif=True)
-    for place in ("run", "run/best-00000030"):
+    for place in ("run", "run/best-00000030.safetensors"):
         stored = open_model(str(tmp_path / place))
         assert stored.config == config
         assert stored.classes == class_rows(CLASSES)
@@ -161,7 +161,7 @@ def test_a_checkpoint_with_its_description(tmp_path):
 
 
 def test_a_checkpoint_by_another_name(tmp_path, monkeypatch):
-    """Copied, renamed, linked to, or named from inside: what it is stands in its files."""
+    """Copied, renamed, linked to, or named from inside its folder: what it is stands in the file."""
     config = model_config(NAME, 4, (128, 128))
     net = build(config)
     (tmp_path / "run").mkdir()
@@ -176,22 +176,23 @@ def test_a_checkpoint_by_another_name(tmp_path, monkeypatch):
     }
     checkpoint.save(tmp_path / "run", "best", Checkpoint(30, values(net), {}))
     checkpoint.save(tmp_path / "run", "step", Checkpoint(40, state, {"epochs": 4}))
-    shutil.copytree(tmp_path / "run" / "best-00000030", tmp_path / "run" / "mine")
-    shutil.copytree(tmp_path / "run" / "step-00000040", tmp_path / "run" / "best-of-all")
-    (tmp_path / "link").symlink_to(tmp_path / "run" / "mine")
-    monkeypatch.chdir(tmp_path / "run" / "mine")
+    shutil.copy(tmp_path / "run" / "best-00000030.safetensors", tmp_path / "run" / "mine.safetensors")
+    shutil.copy(tmp_path / "run" / "step-00000040.safetensors", tmp_path / "run" / "best-of-all.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "run" / "mine.safetensors")
+    monkeypatch.chdir(tmp_path / "run")
     for source, step, selected_by in (
-        (tmp_path / "run" / "mine", 30, "val AP"),
-        (tmp_path / "run" / "best-of-all", 40, "last"),
-        (tmp_path / "link", 30, "val AP"),
-        (".", 30, "val AP"),
+        (tmp_path / "run" / "mine.safetensors", 30, "val AP"),
+        (tmp_path / "run" / "best-of-all.safetensors", 40, "last"),
+        (tmp_path / "link.safetensors", 30, "val AP"),
+        ("mine.safetensors", 30, "val AP"),
     ):
         stored = open_model(str(source))
         assert (stored.weights.step, stored.weights.selected_by) == (step, selected_by)
         assert same(values(stored.model), values(net))
-    shutil.copytree(tmp_path / "run" / "mine", tmp_path / "alone" / "mine")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "run" / "mine.safetensors", tmp_path / "alone")
     with pytest.raises(PipelineError, match=r"network\.json not found in the folder around it"):
-        open_model(str(tmp_path / "alone" / "mine"))
+        open_model(str(tmp_path / "alone" / "mine.safetensors"))
 
 
 def test_a_backbone_alone_is_no_detector(tmp_path):

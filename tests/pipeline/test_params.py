@@ -87,6 +87,17 @@ def test_values_that_contradict_each_other(tmp_path: Path) -> None:
     assert error.startswith("train.augment: jitter_min 9")
 
 
+def test_collectives_that_cannot_be_so(tmp_path: Path) -> None:
+    (error,) = _errors_after(tmp_path, ("  ranks: 1 ", "  ranks: 6 "), ("reduction: average", "reduction: adasum"))
+    assert error.startswith("train: reduction adasum takes 1, 2, 4, 8, ... ranks and compression none, got 6 ranks")
+    (error,) = _errors_after(tmp_path, ("compression: none", "compression: bf16"), ("n: average", "n: adasum"))
+    assert "compression bf16" in error
+    (error,) = _errors_after(
+        tmp_path, ("sync_batch_norm: false", "sync_batch_norm: true"), ("jit_compile: false", "jit_compile: true")
+    )
+    assert error.startswith("train: sync_batch_norm true asks ranks")
+
+
 def test_an_unknown_model_and_an_image_size_that_no_level_divides(tmp_path: Path) -> None:
     (error,) = _errors_after(tmp_path, ("efficientdet-lite0", "efficientdet-d9"))
     assert "efficientdet-d9" in error

@@ -305,7 +305,7 @@ def test_published_records_are_trained_on(tmp_path: Path, monkeypatch: pytest.Mo
         rank=0,
         num_ranks=1,
         seed=1,
-        start_step=0,
+        start=0,
         augmentation=Augmentation(horizontal_flip=False, jitter_min=1.0, jitter_max=1.0),
         workers=1,
     )

@@ -1,13 +1,16 @@
 """What a run takes from the parameters and the shards before it trains."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from effdet.augment import Augmentation, RandAugment
+from effdet.schedule import Schedule
 from pipeline import params
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
-from pipeline.training_run import augmentation_of, entries_of
+from pipeline.library_settings import augmentation_of, entries_of, optimization_of
 from tests.pipeline.tiny_training import ROOT, make_run, make_shards, settings
 
 AUGMENT = params.load(ROOT / "params.yaml").train.augment
@@ -51,6 +54,24 @@ def test_every_augment_parameter_reaches_the_library():
     assert augmentation_of(AUGMENT) == Augmentation(AUGMENT.horizontal_flip, AUGMENT.jitter_min, AUGMENT.jitter_max)
     passed_on = {"repeat_factor", *vars(augmentation_of(given))}
     assert set(params.Augment.model_fields) == passed_on
+
+
+def test_every_optimization_parameter_reaches_the_library():
+    given = settings(learning_rate=0.3, warmup_learning_rate=0.1, accumulate=3, compression="bf16", reduction="adasum")
+    how = optimization_of(given.train, num_ranks=2)
+    named = {name: value for name, value in dataclasses.asdict(how).items() if name not in ("schedule", "losses")}
+    assert named == {name: getattr(given.train, name) for name in named}
+    assert how.schedule == Schedule(0.3, 0.1, given.train.warmup_epochs, given.train.schedule_epochs)
+    losses = dataclasses.asdict(how.losses)
+    assert losses == {name: getattr(given.train, name) for name in losses}
+
+
+def test_learning_rate_follows_the_images_a_step_where_it_is_asked_to():
+    given = settings(learning_rate=0.3, warmup_learning_rate=0.1, batch_size=4, accumulate=2, learning_rate_batch=64)
+    schedule = optimization_of(given.train, num_ranks=16).schedule  # 128 images a step
+    assert (schedule.learning_rate, schedule.warmup_learning_rate) == (0.6, 0.2)
+    schedule = optimization_of(given.train, num_ranks=4).schedule
+    assert (schedule.learning_rate, schedule.warmup_learning_rate) == (0.15, 0.05)
 
 
 @pytest.mark.slow

@@ -1,22 +1,27 @@
 """A training run that takes seconds: a tiny network on a handful of pictures.
 
-`python -m tests.pipeline.tiny_training FOLDER [STEP]` runs it in a process of its own, or as a rank of horovodrun. The
-last rank is killed (-9) before STEP.
+`python -m tests.pipeline.tiny_training FOLDER` runs it in a process of its own, or as a rank that a launcher started.
+--at STEP WHAT lets something happen before the batch of STEP is handed out, on the last rank: see HAPPENINGS.
 """
 
+import argparse
 import itertools
+import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import tensorflow as tf
 
 from effdet.config import BACKBONES, Backbone
-from effdet.distributed import connect
+from effdet.distributed import Ranks, connect, lost_ranks_named, train_elastically
 from effdet.records import encode_example, framed
 from pipeline import params, training_run
 from pipeline.errors import run
@@ -84,6 +89,7 @@ def settings(**train: Any) -> params.Params:
     short = {
         "ranks": 1,
         "batch_size": 4,
+        "accumulate": 1,
         "epochs": 4,
         "schedule_epochs": 4,
         "warmup_epochs": 0.5,
@@ -99,38 +105,80 @@ def settings(**train: Any) -> params.Params:
     return whole.model_copy(update={"train": whole.train.model_copy(update={**short, **train})})
 
 
-def make_run(folder: Path, **train: Any) -> training_run.Run:
+def make_run(folder: Path, local: dict[str, Any] | None = None, **train: Any) -> training_run.Run:
     """A run below `folder`, where make_shards has made shards/; checkpoints/ and model/ are its own."""
     given = settings(**train)
-    where = Local(checkpoint_dir=str(folder / "checkpoints"), loader_workers=1)
+    return run_of(folder, given, local or {}, connect(given.train.ranks))
+
+
+def run_of(folder: Path, given: params.Params, local: dict[str, Any], ranks: Ranks, *elastic: Any) -> training_run.Run:
+    where = Local(**{"checkpoint_dir": str(folder / "checkpoints"), "loader_workers": 1, **local})
     manifest = read_json(folder / "shards" / "manifest.json", "manifest")
     with mock.patch.dict(BACKBONES, {"tiny": Backbone(width=0.25, depth=0.3, lite=True)}):
-        ranks = connect(given.train.ranks)
-        return training_run.Run(given, where, CONFIG, manifest, folder / "shards", folder / "model", ranks)
+        return training_run.Run(given, where, CONFIG, manifest, folder / "shards", folder / "model", ranks, *elastic)
 
 
 def main() -> None:
-    # INIT_FROM: a path that rank 0 alone is told
-    source = os.environ.get("INIT_FROM")
-    other = "nowhere" if source and os.environ.get("HOROVOD_RANK", "0") != "0" else source
-    options = {"init_from": other, "allow_head_mismatch": bool(source)}
-    made = make_run(Path(sys.argv[1]), ranks=int(os.environ.get("HOROVOD_SIZE", "1")), **options)
-    if len(sys.argv) > 2 and made.ranks.rank == made.ranks.size - 1:
-        die_before(made, int(sys.argv[2]))
-    made.train()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--at", nargs=2, metavar=("STEP", "WHAT"))
+    parser.add_argument("--slow", type=float, default=0.0, help="seconds that a batch takes")
+    parser.add_argument("--train", type=json.loads, default={}, help="parameters")
+    parser.add_argument("--local", type=json.loads, default={})
+    parser.add_argument("--others", type=json.loads, default={}, help="parameters of all ranks but rank 0")
+    asked = parser.parse_args()
+    sizes = [os.environ[name] for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ]
+    given = {"ranks": int((sizes or ["1"])[0]), **asked.train}
+
+    def train(ranks: Ranks, *elastic: Any) -> None:
+        own = settings(**given, **(asked.others if ranks.rank else {}))
+        made = run_of(asked.folder, own, asked.local, ranks, *elastic)
+        if asked.at and ranks.rank == ranks.size - 1:
+            before(made, int(asked.at[0]), HAPPENINGS[asked.at[1]])
+        if asked.slow:
+            before(made, None, lambda: time.sleep(asked.slow))
+        with lost_ranks_named():
+            made.train()
+
+    if os.environ.get("HOROVOD_ELASTIC"):
+        train_elastically(train)
+    else:
+        train(connect(given["ranks"]))
 
 
-def die_before(made: training_run.Run, step: int) -> None:
-    """Kills this process, as kill -9 does, where it asks for the batch of `step`."""
+def before(made: training_run.Run, step: int | None, happens: Callable[[], None]) -> None:
+    """Lets something happen where the batch of `step`, or of any, is asked for."""
     batches = made.training_data
 
-    def dying(start_step: int) -> Any:
-        for number, batch in zip(itertools.count(start_step), batches(start_step), strict=False):
-            if number == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def watched(start: int) -> Any:
+        for number, batch in zip(itertools.count(made.trainer.state.step), batches(start), strict=False):
+            if step in (None, number):
+                happens()
             yield batch
 
-    made.training_data = dying
+    made.training_data = watched
+
+
+def kill_all() -> None:
+    """Every process of this job, the launcher too, and this one last."""
+    job = [process for process in psutil.process_iter(["cmdline"]) if sys.argv[1] in (process.info["cmdline"] or [])]
+    for process in sorted(job, key=lambda process: process.pid == os.getpid()):
+        process.kill()
+
+
+def kill_launcher() -> None:
+    """The launcher alone; nobody else hears of it."""
+    for process in psutil.Process().parents():
+        if any(word.endswith("/horovodrun") for word in process.cmdline()):
+            process.kill()
+
+
+HAPPENINGS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kill-all": kill_all,
+    "kill-launcher": kill_launcher,
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+}
 
 
 if __name__ == "__main__":
