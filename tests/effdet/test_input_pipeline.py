@@ -358,8 +358,8 @@ def test_every_kind_of_sample_is_well_formed(everything, shards):
 
 @pytest.mark.slow
 def test_ranks_and_a_later_start_change_no_sample(everything, shards):
-    """Two ranks of two samples a step, from step 2 on."""
-    ranks = [train(shards, 4, 2, 2, rank, 2, augmentation=EVERYTHING) for rank in (0, 1)]
+    """Two ranks of two samples a step, from the ninth sample on."""
+    ranks = [train(shards, 4, 8, 2, rank, 2, augmentation=EVERYTHING) for rank in (0, 1)]
     both = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*ranks, strict=True)]
     assert_equal_batches(everything[2:], both)
 
@@ -377,7 +377,7 @@ def test_a_later_start_reads_only_what_its_own_samples_need(tmp_path):
     for offset, length in np.delete(records.record_spans(path), needed, axis=0):
         content[offset : offset + length] = b"\xff" * length
     path.write_bytes(content)
-    assert_equal_batches(complete, train([path], 2, start=16, augmentation=augmentation))
+    assert_equal_batches(complete, train([path], 2, start=32, augmentation=augmentation))
     with pytest.raises(tf.errors.OpError, match="is damaged"):
         train([path], 1, augmentation=augmentation)
 

@@ -15,8 +15,9 @@ import pytest
 from effdet.config import BACKBONES, Backbone
 from effdet.errors import EffdetError
 from effdet.weights import published_variables
-from pipeline import checksums, params, training_run
+from pipeline import checksums, params
 from pipeline.errors import PipelineError
+from pipeline.fingerprint import inputs_of
 from pipeline.initial_weights import content_checksum, identity
 from pipeline.model_files import read_model
 from pipeline.model_source import open_model
@@ -170,7 +171,7 @@ def test_the_fingerprint_holds_the_content_and_not_the_path(tmp_path, raw):
 
     def content(path):
         given = settings(init_from=str(path))
-        return training_run.fingerprint_content(given, tmp_path / "shards", identity(given.train))
+        return inputs_of(given, tmp_path / "shards", identity(given.train))
 
     assert content(one) == content(other)
     other.write_bytes(other.read_bytes() + b"x")

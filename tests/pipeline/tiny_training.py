@@ -131,7 +131,7 @@ def main() -> None:
     given = {"ranks": int((sizes or ["1"])[0]), **asked.train}
 
     def train(ranks: Ranks, *elastic: Any) -> None:
-        own = settings(**given, **(asked.others if ranks.rank else {}))
+        own = settings(**{**given, **(asked.others if ranks.rank else {})})
         made = run_of(asked.folder, own, asked.local, ranks, *elastic)
         if asked.at and ranks.rank == ranks.size - 1:
             before(made, int(asked.at[0]), HAPPENINGS[asked.at[1]])
