@@ -15,8 +15,10 @@ metrics.json                                 in git: what a reviewer compares
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,4 +192,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    # Commands, as `promote`, `rollback` and `history`, change git. They are loaded by name: the stage, which is run
+    # without a word, does not depend on their code.
+    run(importlib.import_module("pipeline.registry").main if sys.argv[1:] else main)
