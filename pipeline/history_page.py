@@ -1,6 +1,7 @@
 """Champions over time: the versions of the model as a table for the terminal, and as a page with AP drawn over them."""
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,14 @@ from typing import Any
 import jinja2
 
 WIDTH, HEIGHT, LEFT, MARGIN = 860, 300, 48, 40  # pixels of the chart
-ABOVE = 0.2  # share of the figures' range that stays free above and below them
-LEAST = 0.02  # of AP, the range where all are alike
+TICKS = (
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+)  # of AP, between two lines of the chart: at most seven lines
 
 
 @dataclass(frozen=True)
@@ -205,9 +212,10 @@ def _chart(versions: Sequence[Version], judged: Mapping[str, Judged], now: Mappi
     ]
     if not drawn:
         return {"points": [], "lines": [], "ticks": []}
-    low, high = min(ap for *_, ap in drawn), max(ap for *_, ap in drawn)
-    spare = ABOVE * max(high - low, LEAST)
-    low, high = low - spare, high + spare
+    least, most = min(ap for *_, ap in drawn), max(ap for *_, ap in drawn)
+    between = next(size for size in TICKS if round((most - least) / size, 6) <= 5)
+    first, last = math.floor(round(least / between, 6)), math.floor(round(most / between, 6)) + 1
+    low, high = first * between, last * between
     step = (WIDTH - LEFT - MARGIN) / len(drawn)
 
     def y(ap: float) -> float:
@@ -228,5 +236,5 @@ def _chart(versions: Sequence[Version], judged: Mapping[str, Judged], now: Mappi
             lines.append([])
         lines[-1].append(f"{x},{y(ap)}")
         data_before = data
-    ticks = [{"y": y(value), "label": f"{value:.3f}"} for value in (low + (high - low) * part / 4 for part in range(5))]
+    ticks = [{"y": y(tick * between), "label": f"{tick * between:.3f}"} for tick in range(first, last + 1)]
     return {"points": points, "lines": [" ".join(line) for line in lines], "ticks": ticks}

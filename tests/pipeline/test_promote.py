@@ -115,8 +115,27 @@ def test_model_card_has_the_figures(released):
     assert f"| AP50 | {judged['metrics']['AP50']:.3f} |" in card
     assert f"| dog \\| wolf | {judged['per_class']['dog | wolf']:.3f} |" in card
     assert "| train | 3 |" in card
+    assert "| train.learning_rate | 0.08 |" in card
+    assert "init_from" not in card  # a path
+    assert "2 CPUs Made Up with H200." in card
+    assert "| data | none needed, the pictures are drawn |" in card
+    assert "no test split" in card
     assert "**Accepted**, on val, which was also used for selection." in card
     assert "It was trained on pictures turned as their EXIF orientation says." in card
+
+
+def test_provenance_has_the_hashes_of_dvc_lock(workplace):
+    """dvc itself says what they are."""
+    told = json.loads((workplace / "data" / "release" / "provenance.json").read_text())
+    folders = ["data/shards", "data/model", "data/eval"]
+    assert sorted(told["dvc_lock"]) == sorted(folders)
+    for line in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "add", "-q", *folders]):
+        subprocess.run(line, cwd=workplace, check=True, capture_output=True)
+    for folder in folders:
+        assert f"md5: {told['dvc_lock'][folder]}\n" in (workplace / f"{folder}.dvc").read_text()
+    lock = (workplace / "requirements" / "ml.txt").read_bytes()
+    assert told["environment"] == {"requirements/ml.txt": f"sha256:{hashlib.sha256(lock).hexdigest()}"}
+    assert told["parameters"]["train"]["epochs"] == 7
 
 
 def test_model_card_says_how_each_export_compares(released):
