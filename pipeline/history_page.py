@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Version:
 
     @property
     def number(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in self.name[1:].split("."))
+        return tuple(int(part) for part in re.findall(r"\d+", self.name))
 
 
 @dataclass(frozen=True)

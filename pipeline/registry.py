@@ -121,10 +121,14 @@ def release_of(outs: Mapping[str, Mapping[str, str]], where: str) -> str:
 
 def judged_at(commit: str) -> Judged:
     """What metrics.json of a commit says on the candidate."""
-    metrics = json.loads(_run("git", "show", f"{commit}:metrics.json"))
-    split = metrics["gate"]["split"]
+    try:
+        metrics = json.loads(_run("git", "show", f"{commit}:metrics.json"))
+        split = metrics["gate"]["split"]
+        decision, figures = metrics["gate"]["decision"], metrics[split.split()[0]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise PipelineError(f"metrics.json of {commit[:10]}: is not what the promote stage writes") from None
     data = next((outs[DATA] for outs in outs_at(commit).values() if DATA in outs), "")
-    return Judged(metrics["gate"]["decision"], split, metrics[split.split()[0]], data)
+    return Judged(decision, split, figures, data)
 
 
 def champion_version() -> str | None:
@@ -132,7 +136,13 @@ def champion_version() -> str | None:
     content = read_json(CHAMPION, "champion")
     if content == {}:
         return None
-    return f"{content['version']} ({content['revision']})"
+    try:
+        return f"{content['version']} ({content['revision']})"
+    except (KeyError, TypeError):
+        raise PipelineError(
+            f"{CHAMPION}: names no version and revision; write {{}} into it, for no champion, and commit; "
+            f"`python -m pipeline.promote assign VERSION {PROD}` makes one"
+        ) from None
 
 
 # Commands

@@ -143,6 +143,7 @@ def check_second_call(repo, command, line):
 def test_tag_says_why_and_of_what(place, command):
     commit = run(place / "repo", "git", "rev-parse", "HEAD").strip()
     command("register --why", "the first")
+    assert "v0.1.0 is registered" in command("register")
     message = registry.version_named("v0.1.0").message
     assert message.startswith(
         "the first\n\naccepted on val (also used for selection): AP 0.4000, AP50 0.4000, AP75 none"
@@ -204,8 +205,20 @@ def test_champion_that_the_tags_do_not_know(place, command):
     run(place / "repo", "git", "tag", "-d", "detector#prod#1")
     with pytest.raises(PipelineError, match=r"champion is v0\.1\.0 \(.*\), and the tags have none in prod; "):
         command("check")
-    command("assign v0.1.0 prod")
+    command("promote")  # as after one that broke off between commit and tag
     command("check")
+    assert run(place / "repo", "git", "log", "--format=%s").count("champion") == 1
+
+
+def test_files_that_are_not_ours(place, command):
+    (place / "repo" / "champion.json").write_text('{"decision": "accepted"}')
+    with pytest.raises(PipelineError, match=r"champion\.json: names no version and revision; "):
+        command("check")
+    (place / "repo" / "metrics.json").write_text("[]")
+    run(place / "repo", "git", "commit", "-q", "-a", "-m", "By hand")
+    run(place / "repo", "gto", "register", "detector", "HEAD")
+    with pytest.raises(PipelineError, match=r"metrics\.json of [0-9a-f]{10}: is not what the promote stage writes"):
+        command("history")
 
 
 def test_tag_of_a_clock_that_is_ahead(place, command):
