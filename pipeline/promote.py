@@ -2,9 +2,9 @@
 
 A candidate that the gate turns down is a result, not a fault: the stage ends well, and decision.json, the model card
 and metrics.json say "rejected" or "refused" with every rule and its figures, so that a reviewer sees them and `dvc exp`
-can compare them. Only a release whose decision is "accepted" may be promoted: its decision.json, copied to
-champion.json, makes it the champion. Input that cannot be understood, and an export that does not detect what the
-evaluated model does, are faults.
+can compare them. Only a release whose decision is "accepted" may be promoted: `python -m pipeline.promote promote`
+makes it the champion (pipeline.registry, docs/promotion.md). Input that cannot be understood, and an export that does
+not detect what the evaluated model does, are faults.
 
 data/release/
   saved_model/, model.onnx, model_*.tflite   for serving: the formats of promote.formats, see effdet.export
