@@ -49,6 +49,7 @@ from pipeline.params import Format, Params
 from pipeline.shard_files import MANIFEST, all_images, ground_truth_path, shard_paths, spread_images
 
 CHAMPION = Path("champion.json")
+CHAMPION_BUNDLE = Path("champion/bundle")
 SHARDS = Path("data/shards")
 MODEL = Path("data/model")
 EVALUATION = Path("data/eval")
@@ -206,11 +207,17 @@ def main() -> None:
         )
     candidate = candidate_of(stored, judged)
     decision = decide(candidate, champion, settings.promote)
+    same = is_champion(candidate, champion)
+    if same and not CHAMPION_BUNDLE.is_dir():
+        raise PipelineError(f"{CHAMPION_BUNDLE}: the champion's bundle is not here; run `dvc pull {CHAMPION_BUNDLE}`")
     with written_whole(OUT) as folder:
-        folder.mkdir()
-        write_release(folder, stored, manifest, judged, decision, settings)
+        if same:
+            shutil.copytree(CHAMPION_BUNDLE, folder)
+        else:
+            folder.mkdir()
+            write_release(folder, stored, manifest, judged, decision, settings)
     write_json(METRICS, summary(stored, judged, decision))
-    if is_champion(candidate, champion):
+    if same:
         print("the candidate is the champion: the release is the champion's")
     else:
         print(f"candidate {decision.decision}")
