@@ -8,7 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from effdet.boxes import PADDING
@@ -23,7 +22,7 @@ from pipeline.shard_files import spread_images
 from tests.pipeline.judged_model import write_shards, write_trained
 
 ROOT = Path(__file__).parents[2]
-FILES = ("per_class_val.csv", "precision_recall_val.csv")
+FILES = ("detections_val.json", "per_class_val.csv", "precision_recall_val.csv")
 
 
 @pytest.fixture
@@ -160,23 +159,17 @@ def judge(workplace, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", ["images", "images.zip"])
-def test_numbers_are_the_stages(workplace, judge, capsys, images, tmp_path):
+def test_numbers_are_the_stages_to_the_last_digit(workplace, judge, capsys, images, tmp_path):
     """Of pictures that EXIF turns: sizes that are not listed so would be an error."""
     judge(images=images, out=tmp_path / "out")
     stage = workplace / "data" / "eval"
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (stage / name).read_bytes()
-    # A picture at another place of a batch may differ in a float's last bits, and so in the digits that are written.
-    found, wanted = (json.loads((folder / "detections_val.json").read_text()) for folder in (tmp_path / "out", stage))
-    for key in ("image_id", "category_id"):
-        assert [row[key] for row in found] == [row[key] for row in wanted]
-    for key, bound in (("bbox", 0.01), ("score", 1e-5)):  # pixels
-        np.testing.assert_allclose([row[key] for row in found], [row[key] for row in wanted], rtol=0, atol=bound)
     judged, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out", stage))
     assert set(judged) == {"model", "nms", "splits", "weights"}
     assert (judged["nms"], judged["weights"]) == (expected["nms"], expected["weights"])
     ours, theirs = judged["splits"]["val"], expected["splits"]["val"]
-    for key in ("images", "boxes", "metrics", "per_class"):
+    for key in ("images", "boxes", "metrics", "per_class", "detections"):
         assert ours[key] == theirs[key]
     assert ours["images"] == 7
     assert ours["metrics"]["AR100"] > 0  # these weights say something
