@@ -1,9 +1,11 @@
 """EfficientDet (arXiv:1911.09070): backbone, BiFPN, heads."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import keras
+from keras.src.backend.common import global_state
 
 from effdet.backbone import features
 from effdet.bifpn import pyramid
@@ -25,7 +27,7 @@ def build(config: ModelConfig, dtype_policy: str = "float32") -> keras.Model:
     """
     if dtype_policy not in DTYPE_POLICIES:
         raise EffdetError(f"dtype policy: expected one of {', '.join(DTYPE_POLICIES)}, got {dtype_policy!r}")
-    with _dtype_policy(dtype_policy):
+    with _dtype_policy(dtype_policy), _layers_numbered_from_the_first():
         images = keras.Input((*config.image_size, 3), name="images", dtype="float32")
         fused = pyramid(features(images, config), config)
         outputs = {
@@ -48,3 +50,20 @@ def _dtype_policy(name: str) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+@contextlib.contextmanager
+def _layers_numbered_from_the_first() -> Iterator[None]:
+    """Layers without a name get the same automatic names in every model; Keras goes on numbering as before afterwards.
+
+    TensorFlow orders a graph's operations by name, re_lu_9 after re_lu_10, and with the order go a result's last bits:
+    they shall not depend on how many models the process has built. Keras' only public way is clear_session, which
+    drops the state of all other models.
+    """
+    counters = "object_name_uids"
+    before = global_state.get_global_attribute(counters)
+    global_state.set_global_attribute(counters, defaultdict(int))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(counters, before)

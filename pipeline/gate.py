@@ -9,7 +9,7 @@ promote` writes both (pipeline.registry).
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -56,6 +56,9 @@ class Decision(Section):
     rules: list[Rule]
 
 
+Read = TypeVar("Read", bound=Section)
+
+
 class Champion(Section):
     """champion.json."""
 
@@ -66,25 +69,32 @@ class Champion(Section):
     ground_truth: str  # sha256 of what these were judged on
 
 
-def read_champion(path: Path) -> Decision | None:
-    """The decision that made the champion; None where there is no champion yet. PipelineError for anything else."""
+def read_champion(path: Path) -> Champion | None:
+    """champion.json; None where there is no champion yet. PipelineError for anything else."""
     content = read_json(path, "champion")
     if content == {}:
         return None
+    advice = "`python -m pipeline.promote promote` writes it; {} means no champion"
+    champion = _validated(Champion, content, path, advice)
+    if champion.decision.decision != "accepted":
+        raise PipelineError(
+            f"{path}: holds a candidate that was {champion.decision.decision}; only an accepted one can be the champion"
+        )
+    return champion
+
+
+def read_decision(path: Path) -> Decision:
+    """A release's decision.json. PipelineError for anything else."""
+    return _validated(Decision, read_json(path, "decision"), path, "the promote stage writes it; run `dvc repro`")
+
+
+def _validated(kind: type[Read], content: object, path: Path, advice: str) -> Read:
     try:
-        champion = Champion.model_validate(content).decision
+        return kind.model_validate(content)
     except ValidationError as error:
         details = error.errors()[0]
         where = ".".join(str(key) for key in details["loc"]) or "the file"
-        raise PipelineError(
-            f"{path}: {where}: {details['msg']}, got {details['input']!r:.80}; "
-            "`python -m pipeline.promote promote` writes it; {} means no champion"
-        ) from None
-    if champion.decision != "accepted":
-        raise PipelineError(
-            f"{path}: holds a candidate that was {champion.decision}; only an accepted one can be the champion"
-        )
-    return champion
+        raise PipelineError(f"{path}: {where}: {details['msg']}, got {details['input']!r:.80}; {advice}") from None
 
 
 def is_champion(candidate: Judged, champion: Decision | None) -> bool:

@@ -10,14 +10,7 @@ from typing import Any
 import jinja2
 
 WIDTH, HEIGHT, LEFT, MARGIN = 860, 300, 48, 40  # pixels of the chart
-TICKS = (
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-)  # of AP, between two lines of the chart: at most seven lines
+TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of AP, between two lines of the chart: at most seven lines
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,8 @@ def main() -> None:
     """Reads the candidate and the champion; writes data/release and metrics.json, whole or not at all."""
     prepare_device()
     settings = params.load()
-    champion = read_champion(CHAMPION)
+    crowned = read_champion(CHAMPION)
+    champion = crowned.decision if crowned else None
     manifest = read_json(MANIFEST, "manifest of the shards")
     judged = read_json(EVALUATION / "metrics.json", "evaluation")
     stored = read_model(MODEL)

@@ -30,7 +30,8 @@ from gto.registry import GitRegistry
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.files import checksum, read_json, write_json, written_whole
+from pipeline.files import checksum, write_json, written_whole
+from pipeline.gate import Champion, read_champion, read_decision
 from pipeline.history_page import Assignment, Judged, Version, day, page, table
 
 ARTIFACT = "detector"  # in dvc.yaml's artifacts
@@ -133,16 +134,8 @@ def judged_at(commit: str) -> Judged:
 
 def champion_version() -> str | None:
     """The version that champion.json names."""
-    content = read_json(CHAMPION, "champion")
-    if content == {}:
-        return None
-    try:
-        return f"{content['version']} ({content['revision']})"
-    except (KeyError, TypeError):
-        raise PipelineError(
-            f"{CHAMPION}: names no version and revision; write {{}} into it, for no champion, and commit; "
-            f"`python -m pipeline.promote assign VERSION {PROD}` makes one"
-        ) from None
+    champion = read_champion(CHAMPION)
+    return f"{champion.version} ({champion.revision})" if champion else None
 
 
 # Commands
@@ -343,7 +336,7 @@ def _write_champion(version: Version) -> None:
         _run("dvc", "get", ".", RELEASE, "--rev", version.commit, "--out", str(bundle))
         source = f"data/eval/detections_{split}.json"
         _run("dvc", "get", ".", source, "--rev", version.commit, "--out", str(detections))
-        decision = read_json(bundle / "decision.json", "decision")
+        decision = read_decision(bundle / "decision.json")
         for path in (bundle, detections):
             target = CHAMPION_FOLDER / path.name
             if target.is_dir():
@@ -351,16 +344,14 @@ def _write_champion(version: Version) -> None:
             target.unlink(missing_ok=True)
             shutil.move(path, target)
     _run("dvc", "add", "--quiet", str(CHAMPION_FOLDER / "bundle"), str(CHAMPION_FOLDER / "detections.json"))
-    write_json(
-        CHAMPION,
-        {
-            "version": version.name,
-            "revision": version.commit,
-            "decision": decision,
-            "detections": checksum(CHAMPION_FOLDER / "detections.json", "sha256"),
-            "ground_truth": decision["candidate"]["ground_truth"],
-        },
+    champion = Champion(
+        version=version.name,
+        revision=version.commit,
+        decision=decision,
+        detections=checksum(CHAMPION_FOLDER / "detections.json", "sha256"),
+        ground_truth=decision.candidate.ground_truth,
     )
+    write_json(CHAMPION, champion.model_dump(mode="json"))
 
 
 @contextmanager

@@ -165,3 +165,18 @@ def test_saved_model_gives_the_same_outputs(tmp_path):
     expected, actual = net(image), loaded.serve(image)
     for key, values in expected.items():
         assert np.abs(actual[key] - values).max() <= 1e-5 * np.std(values)
+
+
+def test_every_model_of_a_process_has_the_same_layers_by_name():
+    """The names order TensorFlow's graph, and so the last bits: the tenth model is to compute what the first does."""
+    lite = small_config("efficientdet-lite0")
+    names = [layer.name for layer in model.build(lite).layers]
+    assert [layer.name for layer in model.build(lite).layers] == names
+    assert {"re_lu", "re_lu_1", "add"} <= set(names)  # some have none of their own
+
+
+def test_keras_numbers_other_layers_on_after_a_model():
+    keras.layers.ReLU()  # the first has no number
+    before, _, after = keras.layers.ReLU().name, model.build(small_config()), keras.layers.ReLU().name
+    number = int(before.removeprefix("re_lu_"))
+    assert after == f"re_lu_{number + 1}"

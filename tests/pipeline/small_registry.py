@@ -48,7 +48,10 @@ else:
     shutil.rmtree(release, ignore_errors=True)
     shutil.copytree(pathlib.Path("models") / added.strip(), release / "saved_model")
     decision = "accepted" if float(ap) >= 0.1 else "rejected"
-    write("release/decision.json", {"decision": decision, "candidate": {"ground_truth": "sha256:0", "ap": ap}})
+    table = [{"class_id": 0, "category_id": 1, "name": "cat"}]
+    judged = {"detector": "sha256:" + added.strip(), "split": "val", "ground_truth": "sha256:0", "classes": table}
+    judged["metrics"] = {"AP": float(ap)}
+    write("release/decision.json", {"decision": decision, "candidate": judged, "champion": None, "rules": []})
     files = sorted(path for path in release.rglob("*") if path.is_file())
     sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(release)}" for path in files]
     write("release/checksums.sha256", "".join(line + chr(10) for line in sums))

@@ -111,7 +111,7 @@ def test_champion_file(tmp_path, champion):
     path.write_text("{}\n")
     assert read_champion(path) is None
     path.write_text(champion_file(champion))
-    assert read_champion(path) == champion
+    assert read_champion(path).decision == champion
 
 
 def test_rejected_candidate_is_no_champion(tmp_path):

@@ -128,7 +128,7 @@ def test_two_versions_promoted_rolled_back_and_listed(place, command, tmp_path):
 def check_champion(repo, version, commit, ap):
     champion = json.loads((repo / "champion.json").read_text())
     assert (champion["version"], champion["revision"]) == (version, commit)
-    assert champion["decision"]["candidate"]["ap"] == ap
+    assert champion["decision"]["candidate"]["metrics"] == {"AP": float(ap)}
     assert json.loads((repo / "champion" / "detections.json").read_text()) == [float(ap)]
     assert run(repo, "git", "log", "-1", "--format=%s").strip() == f"Make {version} the champion"
     assert run(repo, "git", "status", "--porcelain") == ""
@@ -212,7 +212,7 @@ def test_champion_that_the_tags_do_not_know(place, command):
 
 def test_files_that_are_not_ours(place, command):
     (place / "repo" / "champion.json").write_text('{"decision": "accepted"}')
-    with pytest.raises(PipelineError, match=r"champion\.json: names no version and revision; "):
+    with pytest.raises(PipelineError, match=r"champion\.json: version: Field required"):
         command("check")
     (place / "repo" / "metrics.json").write_text("[]")
     run(place / "repo", "git", "commit", "-q", "-a", "-m", "By hand")
