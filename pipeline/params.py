@@ -241,10 +241,12 @@ class Nms(Section):
 class Evaluate(Section):
     """How the model is judged."""
 
-    batch_size: Count
+    ranks: Count  # Horovod processes that detect
+    batch_size: Count  # images a rank works on at a time
     nms: Nms
-    pictures: Annotated[int, Field(ge=0)]  # images drawn with truth and detections side by side
-    picture_score: Fraction  # detections drawn from this score on
+    pictures: Annotated[int, Field(ge=0)]  # images drawn with truth and detections side by side: the best, the worst
+    picture_score: Fraction  # from this score on a detection is drawn, and counts in an image's F1 and in confusions
+    verify: Literal["subset", "full"]  # the images on which pycocotools is asked too; under 1,000 it is on all
 
 
 class Licences(Section):
