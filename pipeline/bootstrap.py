@@ -61,7 +61,7 @@ def difference(
     models = [matched(truth, detections, int(drawn.max())) for detections in (candidate, champion)]
     whole = np.ones(drawn.shape[1], np.uint16)
     figures = [np.stack([_row(model.figures(draw)) for draw in (whole, *drawn)]) for model in models]  # [1 + n, 12 + K]
-    columns = [_interval(*pair, confidence) for pair in zip(*(rows.T for rows in figures), strict=True)]
+    columns = [_interval(ours, theirs, confidence) for ours, theirs in zip(figures[0].T, figures[1].T, strict=True)]
     categories = sorted(category["id"] for category in truth["categories"])
     return Differences(
         metrics=dict(zip(SUMMARY, columns[: len(SUMMARY)], strict=True)),

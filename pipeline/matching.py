@@ -15,7 +15,7 @@ from pipeline.coco_metrics import Detections, Truth, boxes_of, column
 
 IOU = 0.5
 NOTHING, IN_CROWD = -1, -2  # in place of an object
-CHUNK = 500_000  # pairs of a detection and an object compared at a time: some 50 MB
+CHUNK = 100_000  # pairs of a detection and an object compared at a time: some 20 MB
 
 
 @dataclasses.dataclass(frozen=True)
