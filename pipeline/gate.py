@@ -146,12 +146,16 @@ def _against_champion(ap: float, incumbent: Incumbent, limits: Promote) -> list[
             at_least(
                 "AP is at least the champion's - promote.max_loss (promote.refresh)", ap, theirs - limits.max_loss
             ),
-            at_least(f"the {share} interval of AP's difference begins at -promote.max_loss", low, -limits.max_loss),
+            at_least(
+                f"the low end of the {share} interval of AP's difference is at least -promote.max_loss",
+                low,
+                -limits.max_loss,
+            ),
         ]
     else:
         rules = [
             at_least("AP is at least the champion's + promote.min_gain", ap, theirs + limits.min_gain),
-            at_least(f"the {share} interval of AP's difference begins at 0", low, 0.0),
+            at_least(f"the low end of the {share} interval of AP's difference is at least 0", low, 0.0),
         ]
     sizes = {name: differences.metrics[name] for name in SIZES}
     return [
@@ -187,10 +191,16 @@ def _of_served(served: Served, has_champion: bool, limits: Promote) -> list[Rule
         at_most("the SavedModel's MB are at most promote.max_megabytes", served.megabytes, limits.max_megabytes),
     ]
     if has_champion:
-        rule, limit = "time an image is at most promote.max_latency_ratio of the champion's", limits.max_latency_ratio
+        rule, limit = (
+            "the SavedModel's time is at most promote.max_latency_ratio of the champion's",
+            limits.max_latency_ratio,
+        )
         measured = ratio(served)
     else:
-        rule, limit = "ms an image are at most promote.max_latency_ms (no champion)", limits.max_latency_ms
+        rule, limit = (
+            "the SavedModel's ms an image are at most promote.max_latency_ms (no champion)",
+            limits.max_latency_ms,
+        )
         measured = served.milliseconds
     passed = measured is not None and measured <= limit
     return [*rules, Rule(rule=rule, candidate=f"see {TIMES}", required=limit, passed=passed)]

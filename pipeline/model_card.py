@@ -232,7 +232,7 @@ def model_card(
         decision=decision,
         differences=_differences(decision),
         figure=lambda value: "none" if value is None else f"{value:.3f}",
-        signed=lambda value: "none" if value is None else f"{value:+.3f}",
+        signed=lambda value: "none" if value is None else f"{round(value, 3) + 0.0:+.3f}",
         cell=lambda text: text.replace("|", "\\|"),
         left_out=_left_out,
         made_of=made_of,

@@ -268,8 +268,8 @@ def test_candidate_against_the_champion(challenged):
     assert whole["difference"] == round(made["candidate"]["metrics"]["AP"] - champion["metrics"]["AP"], 6) != 0
     assert whole["low"] < whole["difference"] < whole["high"]
     rules = [rule["rule"] for rule in made["rules"]]
-    assert "the 0.95 interval of AP's difference begins at 0" in rules
-    assert "time an image is at most promote.max_latency_ratio of the champion's" in rules
+    assert "the low end of the 0.95 interval of AP's difference is at least 0" in rules
+    assert "the SavedModel's time is at most promote.max_latency_ratio of the champion's" in rules
     card = (challenged / "data" / "release" / CARD).read_text()
     assert f"| AP | {champion['metrics']['AP']:.3f} | {whole['difference']:+.3f} | {whole['low']:+.3f} |" in card
     times = json.loads((challenged / "data" / "timings" / "promote.json").read_text())
