@@ -220,9 +220,12 @@ def crown(root):
 
 
 def test_promoted_candidate_keeps_its_release(workplace):
-    """Whatever has become of limits, formats and parameters."""
+    """Whatever has become of limits, formats, parameters and the data that it was accepted on."""
     before, metrics = content(workplace / "data" / "release"), (workplace / "metrics.json").read_bytes()
     crown(workplace)
+    champion = workplace / "champion.json"
+    truth = decision(workplace)["candidate"]["ground_truth"]
+    champion.write_text(champion.read_text().replace(truth, "sha256:other"))
     set_limits(workplace, min_ap=0.9, min_gain=0.5, formats=QUICK)
     status, words = stage(workplace, "promote")
     assert status == 0, words
@@ -271,7 +274,10 @@ def test_candidate_against_the_champion(challenged):
     assert "the low end of the 0.95 interval of AP's difference is at least 0" in rules
     assert "the SavedModel's time is at most promote.max_latency_ratio of the champion's" in rules
     card = (challenged / "data" / "release" / CARD).read_text()
-    assert f"| AP | {champion['metrics']['AP']:.3f} | {whole['difference']:+.3f} | {whole['low']:+.3f} |" in card
+    recall = made["differences"]["metrics"]["AR100"]
+    assert abs(recall["difference"]) > 0.001
+    row = "".join(f" {recall[key]:+.3f} |" for key in ("difference", "low", "high"))
+    assert f"| AR100 | {champion['metrics']['AR100']:.3f} |{row}" in card
     times = json.loads((challenged / "data" / "timings" / "promote.json").read_text())
     assert times["ratio"] == times["ms_an_image"] / times["champions_ms_an_image"]
     assert f"ratio {times['ratio']:.3g}" in words
