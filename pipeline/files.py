@@ -56,3 +56,9 @@ def checksum(path: Path, algorithm: str) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return f"{algorithm}:{digest.hexdigest()}"
+
+
+def megabytes(path: Path) -> float:
+    """Size of a file, or of all files of a folder, in 10**6 bytes."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6

@@ -11,7 +11,8 @@ from effdet.export_onnx import OPSET
 from pipeline.class_table import labels
 from pipeline.coco_metrics import SUMMARY
 from pipeline.export_check import BEST, HIGH_SCORE, AveragePrecision, Comparison
-from pipeline.gate import Decision
+from pipeline.files import megabytes
+from pipeline.gate import Decision, Difference
 from pipeline.model_files import StoredModel
 
 SPLITS = ("train", "val", "test")  # in the order of the tables
@@ -185,8 +186,20 @@ These settings favour recall: set your own score threshold on top.
 | rule | candidate | required | |
 | --- | --- | --- | --- |
 {% for rule in decision.rules %}
-| {{ rule.rule }} |{% for text in rule.words() %} {{ cell(text) }} |{% endfor +%}
+| {{ cell(rule.rule) }} |{% for text in rule.words() %} {{ cell(text) }} |{% endfor +%}
 {% endfor %}
+{% if decision.differences %}
+
+Against the champion, on the same pictures; the interval is a paired bootstrap's over images, at a confidence of
+{{ decision.differences.confidence }}.
+
+| | champion | difference | from | to |
+| --- | ---: | ---: | ---: | ---: |
+{% for name, theirs, one in differences %}
+| {{ cell(name) }} | {{ figure(theirs) }}
+{%- for value in (one.difference, one.low, one.high) %} | {{ signed(value) }}{% endfor %} |
+{% endfor %}
+{% endif %}
 """
 
 
@@ -217,7 +230,9 @@ def model_card(
         class_names=labels(stored.classes).values(),
         gate_split=evaluation["gate_split"],
         decision=decision,
+        differences=_differences(decision),
         figure=lambda value: "none" if value is None else f"{value:.3f}",
+        signed=lambda value: "none" if value is None else f"{round(value, 3) + 0.0:+.3f}",
         cell=lambda text: text.replace("|", "\\|"),
         left_out=_left_out,
         made_of=made_of,
@@ -225,7 +240,7 @@ def model_card(
         not_stated="not stated: ask whoever trained it before you pass it on",
         exports=exports,
         files=[path.name for path in exports],
-        megabytes=_megabytes,
+        megabytes=lambda path: f"{megabytes(path):.1f}",
         high_score=HIGH_SCORE,
         best=BEST,
         opset=OPSET,
@@ -249,6 +264,12 @@ def _flat(parameters: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
     return rows
 
 
-def _megabytes(path: Path) -> str:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f}"
+def _differences(decision: Decision) -> list[tuple[str, float | None, Difference]]:
+    """What, the champion's figure, and by how much the candidate's is above it."""
+    if not (decision.champion and decision.differences):
+        return []
+    by_name = (
+        ("", decision.champion.metrics, decision.differences.metrics),
+        ("AP of ", decision.champion.per_class, decision.differences.per_class),
+    )
+    return [(of + name, theirs[name], one) for of, theirs, found in by_name for name, one in found.items()]

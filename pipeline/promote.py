@@ -11,163 +11,79 @@ data/release/
   model.json, weights.safetensors            to train on from
   classes.json, model_card.md, decision.json, provenance.json, checksums.sha256
 metrics.json                                 in git: what a reviewer compares
+data/timings/promote.json                    measured times, which are no output of the stage
 """
 
-import dataclasses
-import hashlib
 import importlib
-import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from effdet.inference import prepare_device
-from effdet.postprocess import PostprocessConfig
-from effdet.preprocess import decode
-from pipeline import params
+from pipeline import champion, params
+from pipeline.champion import Champion
 from pipeline.class_table import class_rows, require_same
-from pipeline.coco_metrics import NOTHING_TO_FIND
 from pipeline.errors import PipelineError, run
-from pipeline.export_check import (
-    BOUNDS,
-    AveragePrecision,
-    Comparison,
-    check_average_precision,
-    check_export,
-    found_of_results,
-)
-from pipeline.exports import CALIBRATION_IMAGES, FILES, write_export
-from pipeline.files import checksum, read_json, write_json, written_whole
-from pipeline.gate import Decision, Judged, decide, is_champion, read_champion
-from pipeline.model_card import model_card
-from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel, read_model, require_same_pictures
-from pipeline.params import Format, Params
-from pipeline.shard_files import MANIFEST, all_images, ground_truth_path, shard_paths, spread_images
+from pipeline.exports import FILES
+from pipeline.files import megabytes, read_json, write_json, written_whole
+from pipeline.gate import TIMES, Decision, Judged, Rule, Served, decide, must, ratio
+from pipeline.latency import run_in_turn
+from pipeline.model_files import MODEL_FILE, StoredModel, read_model, require_same_pictures
+from pipeline.params import Params
+from pipeline.release import EVALUATION, MODEL, write_exports, write_release
+from pipeline.shard_files import MANIFEST, shard_paths, spread_images
 
-CHAMPION = Path("champion.json")
-CHAMPION_BUNDLE = Path("champion/bundle")
-SHARDS = Path("data/shards")
-MODEL = Path("data/model")
-EVALUATION = Path("data/eval")
-LOCK = Path("requirements/ml.txt")  # the environment that exports
 OUT = Path("data/release")
 METRICS = Path("metrics.json")
 
-COMPARED_IMAGES = 64  # of the gate's split, on which each export is compared
+SAMPLE_IMAGES = 8  # of the gate's split, on which the SavedModel is run and timed
 METRIC_DIGITS = 6  # of what stands in git
 
 
 def candidate_of(stored: StoredModel, judged: Mapping[str, Any]) -> Judged:
     """The model as the gate sees it, from evaluate's metrics.json."""
     split = judged["splits"][judged["gate_split"]]
-    makes_it = {
-        "model": dataclasses.asdict(stored.config),
-        "classes": [row.model_dump() for row in stored.classes],
-        "weights": stored.weights.sha256,
-        "nms": judged["nms"],
-        "apply_exif": stored.apply_exif,
-    }
     return Judged(
-        detector="sha256:" + hashlib.sha256(json.dumps(makes_it, sort_keys=True).encode()).hexdigest(),
+        detector=champion.detector(stored, judged["nms"]),
         split=judged["gate_split"],
         ground_truth=split["ground_truth"],
         classes=stored.classes,
         metrics=split["metrics"],
+        per_class=split["per_class"],
     )
 
 
-def write_exports(
-    folder: Path, stored: StoredModel, manifest: Mapping[str, Any], judged: Mapping[str, Any], formats: Sequence[Format]
-) -> dict[str, Comparison | AveragePrecision]:
-    """The model in each format, with the post-processing that it was judged with: file -> how it compares with that."""
-    nms = PostprocessConfig(**judged["nms"])
-    split = judged["gate_split"]
-    images = spread_images(shard_paths(manifest, split), COMPARED_IMAGES)
-    results = read_json(EVALUATION / f"detections_{split}.json", "detections")
-    found = {image_id: found_of_results(results, image_id, stored.classes) for image_id in images}
-    outcomes: dict[str, Comparison | AveragePrecision] = {}
-    for format_name in tqdm(formats, desc="export", unit=" formats", disable=None):
-        path = folder / FILES[format_name]
-        if format_name == "litert_int8":
-            examples = spread_images(shard_paths(manifest, "train"), CALIBRATION_IMAGES)
-            calibration = [decode(encoded, stored.apply_exif).numpy() for encoded in examples.values()]
-            write_export(path, format_name, stored, nms, calibration)
-            val, model_ap = all_images(shard_paths(manifest, "val")), judged["splits"]["val"]["metrics"]["AP"]
-            model_ap = NOTHING_TO_FIND if model_ap is None else model_ap
-            outcomes[path.name] = check_average_precision(path, val, ground_truth_path("val"), model_ap, stored, nms)
-        else:
-            write_export(path, format_name, stored, nms)
-            outcomes[path.name] = check_export(path, BOUNDS[format_name], images, found, stored.config, nms)
-    return outcomes
-
-
-def training_parameters(settings: Params) -> dict[str, Any]:
-    """What the model was trained with. The path of the first weights is left out: their content is in provenance."""
-    train = settings.train.model_dump(mode="json", exclude={"init_from", "init_checksum"})
-    return {"model": settings.model.model_dump(mode="json"), "train": train}
-
-
-def dvc_md5(folder: Path) -> str:
-    """The hash of a folder's content as it stands in dvc.lock."""
-    files = sorted(
-        (path.relative_to(folder) for path in folder.rglob("*") if path.is_file()), key=lambda path: path.parts
-    )
-    entries = [
-        {"md5": checksum(folder / path, "md5").removeprefix("md5:"), "relpath": path.as_posix()} for path in files
+def judge(
+    folder: Path, candidate: Judged, incumbent: Champion | None, manifest: Mapping[str, Any], limits: params.Promote
+) -> Decision:
+    """The decision on a candidate whose exports are in `folder`. What was measured is printed, and stands in TIMES."""
+    images = list(spread_images(shard_paths(manifest, candidate.split), SAMPLE_IMAGES).values())
+    checks: list[Rule] = []
+    against = None
+    saved_model = FILES["saved_model"]
+    paths = [folder / saved_model]
+    if incumbent:
+        paths.append(champion.BUNDLE / saved_model)
+        found = read_json(EVALUATION / f"detections_{candidate.split}.json", "detections")
+        checks, against, fault = champion.compare(incumbent, candidate, found, manifest, limits.bootstrap)
+        if fault:
+            print(f"the champion cannot be judged: {fault}", file=sys.stderr)
+    ran, *theirs = run_in_turn(paths, images)
+    for whose, one in zip(("candidate", "champion"), (ran, *theirs), strict=False):
+        if one.fault:
+            print(f"the {whose}'s SavedModel does not run: {one.fault}", file=sys.stderr)
+    checks += [
+        must("the champion's SavedModel detects in a fresh process", one.answered, len(images)) for one in theirs
     ]
-    content = json.dumps(entries, sort_keys=True).encode()
-    return hashlib.md5(content, usedforsecurity=False).hexdigest() + ".dir"
-
-
-def provenance(judged: Mapping[str, Any], settings: Params) -> dict[str, Any]:
-    """What the release was made of. No time, host or path of this machine: the same inputs give the same file.
-
-    The commit cannot be in it, which is made of it later, nor may dvc.lock: its entries change with code that changes
-    no input of this stage, and then the bundle would tell of another run than the one that made it. `dvc_lock` is
-    computed from what the stage reads; the tag of a version, on its commit, has the hashes of all the stages.
-    """
-    inputs = [MANIFEST, MODEL / MODEL_FILE, MODEL / WEIGHTS_FILE, EVALUATION / "metrics.json"]
-    inputs += [EVALUATION / f"detections_{split}.json" for split in judged["splits"]]
-    return {
-        "commit": "that of the version's tag; champion.json names it, too",
-        "dvc_lock": {str(path): dvc_md5(path) for path in (SHARDS, MODEL, EVALUATION)},
-        "environment": {str(LOCK): checksum(LOCK, "sha256")},
-        "parameters": training_parameters(settings),
-        "licences": settings.promote.licences.model_dump(mode="json"),
-        "inputs": {str(path): checksum(path, "sha256") for path in inputs},
-        "data": read_json(MANIFEST, "manifest of the shards")["source"],
-        "post_processing": judged["nms"],
-        "training": read_json(MODEL / "provenance.json", "provenance of the model"),
-    }
-
-
-def write_release(
-    folder: Path,
-    stored: StoredModel,
-    manifest: Mapping[str, Any],
-    judged: Mapping[str, Any],
-    decision: Decision,
-    settings: Params,
-) -> None:
-    """The bundle, with each export checked before anything is said of it."""
-    outcomes = write_exports(folder, stored, manifest, judged, settings.promote.formats)
-    made_of = provenance(judged, settings)
-    for name in (MODEL_FILE, WEIGHTS_FILE):
-        shutil.copyfile(MODEL / name, folder / name)
-    write_json(folder / "classes.json", [row.model_dump() for row in stored.classes])
-    write_json(folder / "decision.json", decision.model_dump(mode="json"))
-    write_json(folder / "provenance.json", made_of)
-    card = model_card(
-        stored, manifest, judged, decision, {folder / name: outcome for name, outcome in outcomes.items()}, made_of
-    )
-    (folder / "model_card.md").write_text(card, encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{checksum(path, 'sha256').removeprefix('sha256:')}  {path.relative_to(folder)}\n" for path in files]
-    (folder / "checksums.sha256").write_text("".join(lines))
+    champion_ms = theirs[0].milliseconds if theirs else None
+    size = megabytes(paths[0])
+    served = Served(size, len(images), ran.answered, ran.milliseconds, champion_ms)
+    times = {"ms_an_image": served.milliseconds, "champions_ms_an_image": champion_ms, "ratio": ratio(served)}
+    write_json(Path(TIMES), {**times, **limits.model_dump(include={"max_latency_ms", "max_latency_ratio"})})
+    print("SavedModel: " + ", ".join(f"{name} {value:.3g}" for name, value in times.items() if value is not None))
+    return decide(candidate, checks, against, served, limits)
 
 
 def summary(stored: StoredModel, judged: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
@@ -194,8 +110,7 @@ def main() -> None:
     """Reads the candidate and the champion; writes data/release and metrics.json, whole or not at all."""
     prepare_device()
     settings = params.load()
-    crowned = read_champion(CHAMPION)
-    champion = crowned.decision if crowned else None
+    incumbent = champion.read_champion()
     manifest = read_json(MANIFEST, "manifest of the shards")
     judged = read_json(EVALUATION / "metrics.json", "evaluation")
     stored = read_model(MODEL)
@@ -207,26 +122,48 @@ def main() -> None:
             f"{stored.weights.sha256}; run `dvc repro`"
         )
     candidate = candidate_of(stored, judged)
-    decision = decide(candidate, champion, settings.promote)
-    same = is_champion(candidate, champion)
-    if same and not CHAMPION_BUNDLE.is_dir():
-        raise PipelineError(f"{CHAMPION_BUNDLE}: the champion's bundle is not here; run `dvc pull {CHAMPION_BUNDLE}`")
+    if incumbent:
+        champion.require_bundle()
+    same = incumbent is not None and incumbent.decision.candidate.detector == candidate.detector
     with written_whole(OUT) as folder:
-        if same:
-            shutil.copytree(CHAMPION_BUNDLE, folder)
+        if incumbent and same:
+            decision = incumbent.decision
+            shutil.copytree(champion.BUNDLE, folder)
         else:
             folder.mkdir()
-            write_release(folder, stored, manifest, judged, decision, settings)
-    write_json(METRICS, summary(stored, judged, decision))
+            decision = release(folder, stored, candidate, incumbent, manifest, judged, settings)
+    metrics = summary(stored, judged, decision)
+    write_json(METRICS, metrics)
     if same:
         print("the candidate is the champion: the release is the champion's")
     else:
-        print(f"candidate {decision.decision}")
-        for rule in decision.rules:
-            ours, required, outcome = rule.words()
-            print(f"  {outcome}  {rule.rule}: {ours}, required {required}")
-        if decision.decision == "refused":
-            print(f"for other data or other classes, begin anew with {{}} in {CHAMPION}")
+        tell(decision, metrics["gate"]["split"])
+
+
+def release(
+    folder: Path,
+    stored: StoredModel,
+    candidate: Judged,
+    incumbent: Champion | None,
+    manifest: Mapping[str, Any],
+    judged: Mapping[str, Any],
+    settings: Params,
+) -> Decision:
+    """Writes the bundle of a candidate that is not the champion; the decision on it."""
+    exports = write_exports(folder, stored, manifest, judged, settings.promote.formats)
+    decision = judge(folder, candidate, incumbent, manifest, settings.promote)
+    write_release(folder, stored, manifest, judged, decision, settings, exports)
+    return decision
+
+
+def tell(decision: Decision, split: str) -> None:
+    """Prints the decision for a person."""
+    print(f"candidate {decision.decision}, on {split}")
+    for rule in decision.rules:
+        ours, required, outcome = rule.words()
+        print(f"  {outcome}  {rule.rule}: {ours}, required {required}")
+    if decision.decision == "refused":
+        print(f"for other classes, or a champion that is lost, begin anew with {{}} in {champion.CHAMPION}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from gto.exceptions import GTOException
 from gto.registry import GitRegistry
 from ruamel.yaml import YAML
 
+from pipeline.champion import CHAMPION, Champion, read_champion, read_decision
 from pipeline.errors import PipelineError
 from pipeline.files import checksum, write_json, written_whole
-from pipeline.gate import Champion, read_champion, read_decision
 from pipeline.history_page import Assignment, Judged, Version, day, page, table
 
 ARTIFACT = "detector"  # in dvc.yaml's artifacts
@@ -40,7 +40,6 @@ PROD = "prod"  # the stage whose version is the champion
 MOST_AHEAD = 5  # seconds that another machine's clock may be
 BRANCH_OR_NOTHING = ("git", "symbolic-ref", "--quiet", "--short", "HEAD")
 
-CHAMPION = Path("champion.json")
 CHAMPION_FOLDER = Path("champion")
 RELEASE = "data/release"
 DATA = "data/shards"

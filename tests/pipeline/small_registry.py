@@ -50,8 +50,9 @@ else:
     decision = "accepted" if float(ap) >= 0.1 else "rejected"
     table = [{"class_id": 0, "category_id": 1, "name": "cat"}]
     judged = {"detector": "sha256:" + added.strip(), "split": "val", "ground_truth": "sha256:0", "classes": table}
-    judged["metrics"] = {"AP": float(ap)}
-    write("release/decision.json", {"decision": decision, "candidate": judged, "champion": None, "rules": []})
+    judged |= {"metrics": {"AP": float(ap)}, "per_class": {"cat": float(ap)}}
+    made = {"decision": decision, "candidate": judged, "champion": None, "differences": None, "rules": []}
+    write("release/decision.json", made)
     files = sorted(path for path in release.rglob("*") if path.is_file())
     sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(release)}" for path in files]
     write("release/checksums.sha256", "".join(line + chr(10) for line in sums))

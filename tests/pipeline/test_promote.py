@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from effdet.exported import open_exported
+from pipeline.coco_metrics import coco_metrics
 from tests.pipeline.judged_model import STEADY_NMS, picture, steady, write_shards, write_trained
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def released(tmp_path_factory):
     (root / "requirements").mkdir()
     shutil.copy(ROOT / "requirements" / "ml.txt", root / "requirements")
     (root / "champion.json").write_text("{}\n")
-    set_limits(root, min_ap=0.0)
+    set_limits(root, min_ap=0.0, max_latency_ms=100_000)
     write_shards(root / "data" / "shards", {"train": 3, "val": 10}, apply_exif=True)
     write_trained(root / "data" / "model", change=steady, apply_exif=True)
     status, words = stage(root, "evaluate")
@@ -211,21 +212,127 @@ def test_same_inputs_give_the_same_bytes(workplace):
 def crown(root):
     """What pipeline.registry writes of a promoted candidate."""
     shutil.copytree(root / "data" / "release", root / "champion" / "bundle")
+    found = shutil.copy(root / "data" / "eval" / "detections_val.json", root / "champion" / "detections.json")
     made = decision(root)
-    fields = {"version": "v0.1.0", "revision": 40 * "0", "decision": made, "detections": "sha256:0"}
+    sha256 = f"sha256:{hashlib.sha256(Path(found).read_bytes()).hexdigest()}"
+    fields = {"version": "v0.1.0", "revision": 40 * "0", "decision": made, "detections": sha256}
     (root / "champion.json").write_text(json.dumps({**fields, "ground_truth": made["candidate"]["ground_truth"]}))
 
 
 def test_promoted_candidate_keeps_its_release(workplace):
-    """Whatever has become of limits, formats and parameters."""
+    """Whatever has become of limits, formats, parameters and the data that it was accepted on."""
     before, metrics = content(workplace / "data" / "release"), (workplace / "metrics.json").read_bytes()
     crown(workplace)
+    champion = workplace / "champion.json"
+    truth = decision(workplace)["candidate"]["ground_truth"]
+    champion.write_text(champion.read_text().replace(truth, "sha256:other"))
     set_limits(workplace, min_ap=0.9, min_gain=0.5, formats=QUICK)
     status, words = stage(workplace, "promote")
     assert status == 0, words
     assert "the candidate is the champion" in words
     assert content(workplace / "data" / "release") == before
     assert (workplace / "metrics.json").read_bytes() == metrics
+
+
+def shifted(arrays):
+    """Another model: its boxes are higher."""
+    arrays = steady(arrays)
+    arrays["box_net/box-predict/bias"] += 0.2
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def challenged(tmp_path_factory, released):
+    """The released model is the champion, and another one is the candidate, judged on the same pictures."""
+    root = tmp_path_factory.mktemp("challenge") / "work"
+    shutil.copytree(released[0], root)
+    crown(root)
+    shutil.rmtree(root / "data" / "model")
+    write_trained(root / "data" / "model", change=shifted, apply_exif=True)
+    set_limits(root, formats=QUICK, max_latency_ratio=100, resamples=100)
+    status, words = stage(root, "evaluate")
+    assert status == 0, words
+    return root
+
+
+def failed(made):
+    return {rule["rule"]: rule["candidate"] for rule in made["rules"] if not rule["passed"]}
+
+
+def test_candidate_against_the_champion(challenged):
+    """On its cached detections; the interval is in the release, the time beside it."""
+    status, words = stage(challenged, "promote")
+    assert status == 0, words
+    made = decision(challenged)
+    champion = json.loads((challenged / "champion.json").read_text())["decision"]["candidate"]
+    assert made["champion"] == champion
+    assert made["candidate"]["detector"] != champion["detector"]
+    whole = made["differences"]["metrics"]["AP"]
+    assert whole["difference"] == round(made["candidate"]["metrics"]["AP"] - champion["metrics"]["AP"], 6) != 0
+    assert whole["low"] < whole["difference"] < whole["high"]
+    rules = [rule["rule"] for rule in made["rules"]]
+    assert "the low end of the 0.95 interval of AP's difference is at least 0" in rules
+    assert "the SavedModel's time is at most promote.max_latency_ratio of the champion's" in rules
+    card = (challenged / "data" / "release" / CARD).read_text()
+    recall = made["differences"]["metrics"]["AR100"]
+    assert abs(recall["difference"]) > 0.001
+    row = "".join(f" {recall[key]:+.3f} |" for key in ("difference", "low", "high"))
+    assert f"| AR100 | {champion['metrics']['AR100']:.3f} |{row}" in card
+    times = json.loads((challenged / "data" / "timings" / "promote.json").read_text())
+    assert times["ratio"] == times["ms_an_image"] / times["champions_ms_an_image"]
+    assert f"ratio {times['ratio']:.3g}" in words
+
+    before = content(challenged / "data" / "release")
+    status, words = stage(challenged, "promote")
+    assert status == 0, words
+    assert content(challenged / "data" / "release") == before
+    assert json.loads((challenged / "data" / "timings" / "promote.json").read_text()) != times
+
+
+@pytest.fixture
+def other_data(challenged, tmp_path):
+    """The same with other ground truth: the first two images have lost their objects."""
+    root = tmp_path / "work"
+    shutil.copytree(challenged, root)
+    path = root / "data" / "shards" / "ground_truth_val.json"
+    truth = json.loads(path.read_text())
+    first = [image["id"] for image in truth["images"][:2]]
+    kept = [row for row in truth["annotations"] if row["image_id"] not in first]
+    assert len(kept) < len(truth["annotations"])
+    path.write_text(json.dumps({**truth, "annotations": kept}))
+    status, words = stage(root, "evaluate")
+    assert status == 0, words
+    return root
+
+
+def test_champion_is_judged_anew_on_other_data(other_data):
+    status, words = stage(other_data, "promote")
+    assert status == 0, words
+    made = decision(other_data)
+    assert made["decision"] != "refused"
+    found = json.loads((other_data / "champion" / "detections.json").read_text())
+    expected = coco_metrics(other_data / "data" / "shards" / "ground_truth_val.json", found)
+    judged = json.loads((other_data / "champion.json").read_text())["decision"]["candidate"]
+    assert judged["metrics"]["AP"] != expected["AP"]
+    assert made["champion"]["metrics"]["AP"] == pytest.approx(expected["AP"], abs=1e-6)
+    assert made["champion"]["ground_truth"] == made["candidate"]["ground_truth"] != judged["ground_truth"]
+
+
+def test_champion_that_does_not_load(other_data):
+    for name in ("weights.safetensors", "saved_model/saved_model.pb"):
+        path = other_data / "champion" / "bundle" / name
+        path.write_bytes(path.read_bytes()[:1000])
+    status, words = stage(other_data, "promote")
+    assert status == 0, words
+    assert "Traceback" not in words
+    made = decision(other_data)
+    assert made["decision"] == "refused"
+    assert failed(made) == {
+        "the champion can be judged on this ground truth": "it cannot",
+        "the champion's SavedModel detects in a fresh process": 0,
+    }
+    assert "the champion cannot be judged: champion/bundle/weights.safetensors: is sha256:" in words
+    assert "the champion's SavedModel does not run: champion/bundle/saved_model: not an exported model" in words
 
 
 def test_champion_without_its_bundle(workplace):
@@ -272,7 +379,7 @@ def test_int8_of_a_lower_ap(workplace):
     judged = json.loads(path.read_text())
     judged["splits"]["val"]["metrics"]["AP"] = 0.5
     path.write_text(json.dumps(judged))
-    set_limits(workplace, min_ap=0.0, formats="[litert_int8]")
+    set_limits(workplace, min_ap=0.0, formats="[saved_model, litert_int8]")
     check_refused(
         workplace,
         r"model_int8\.tflite: AP 0\.\d{4} on ground_truth_val\.json, where the model has 0\.5000: more than 0\.02 low",
