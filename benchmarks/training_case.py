@@ -41,6 +41,7 @@ class Case:
     precision: str = "float32"
     stock: bool = False  # keras.layers.BatchNormalization and Keras' swish
     jit_compile: bool = False
+    gradient_checkpointing: bool = False
 
 
 def build_trainer(case: Case, ranks: Ranks) -> Trainer:
@@ -66,7 +67,7 @@ def build_trainer(case: Case, ranks: Ranks) -> Trainer:
             box_loss="huber",
         ),
         jit_compile=case.jit_compile,
-        gradient_checkpointing=False,
+        gradient_checkpointing=case.gradient_checkpointing,
         sync_batch_norm=False,
         compression="none",
         reduction="average",

@@ -8,9 +8,10 @@ The step is effdet.training's, whole: target assignment, forward, loss, backward
 pictures. A kind is a precision and, behind it: `stock`: keras.layers.BatchNormalization and Keras' swish; `jit`:
 compiled with XLA; `2ranks`: a Horovod job of two, each with half of the batch and half of the cores; `half`: one
 process with just those, which is what a rank would take were there no other; `fed`: on batches of the real input
-pipeline. Each kind runs in processes of its own, which stand still while another works. Prints medians, the share of
-the first kind's time an image, the share of the time that was waited for batches, and a process's peak memory; only
-shares are comparable between machines and hours.
+pipeline; `recompute`: with gradient checkpointing; `deterministic`: with TensorFlow's op determinism. Each kind runs in
+processes of its own, which stand still while another works. Prints medians, the share of the first kind's time an
+image, the share of the time that was waited for batches, and a process's peak memory; only shares are comparable
+between machines and hours.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from effdet.distributed import connect
 
 PRECISIONS = {"stock": "float32", "float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 DEFAULT = ("stock", "float32", "bfloat16", "float32-half", "float32-2ranks", "bfloat16-half", "bfloat16-2ranks")
+WORDS = ("jit", "half", "2ranks", "fed", "recompute", "deterministic")
 WARM_UP = 2  # steps before the first that is timed
 ENDLESS = 10**6  # images an epoch: the learning rate hardly moves
 
@@ -41,18 +43,27 @@ class Kind:
     ranks: int
     parts: int  # of the batch and the cores; a rank has one
     fed: bool
+    recompute: bool
+    deterministic: bool
 
 
 def kind_of(name: str) -> Kind:
     """ "bfloat16-2ranks" and the like."""
     first, *more = name.split("-")
-    if first not in PRECISIONS or set(more) - {"jit", "half", "2ranks", "fed"}:
+    if first not in PRECISIONS or set(more) - set(WORDS):
         raise argparse.ArgumentTypeError(
-            f"{name!r}: expected {', '.join(PRECISIONS)}, behind it -jit, -half, -2ranks, -fed"
+            f"{name!r}: expected {', '.join(PRECISIONS)}, behind it {', '.join(f'-{word}' for word in WORDS)}"
         )
     ranks = 2 if "2ranks" in more else 1
     return Kind(
-        PRECISIONS[first], first == "stock", "jit" in more, ranks, 2 if "half" in more else ranks, "fed" in more
+        precision=PRECISIONS[first],
+        stock=first == "stock",
+        jit="jit" in more,
+        ranks=ranks,
+        parts=2 if "half" in more else ranks,
+        fed="fed" in more,
+        recompute="recompute" in more,
+        deterministic="deterministic" in more,
     )
 
 
@@ -123,10 +134,14 @@ def work() -> None:
     own = cores[local_rank() * len(cores) // kind.parts :][: max(1, len(cores) // kind.parts)]
     os.sched_setaffinity(0, own)  # before TensorFlow counts them
     ranks = connect(kind.ranks)
+    import tensorflow as tf
+
     from benchmarks.training_case import Case, build_trainer, constant_batches, real_batches
 
     batch_size = task["batch_size"] // kind.parts
-    case = Case(task["model"], task["size"], batch_size, kind.precision, kind.stock, kind.jit)
+    if kind.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    case = Case(task["model"], task["size"], batch_size, kind.precision, kind.stock, kind.jit, kind.recompute)
     trainer = build_trainer(case, ranks)
     batches = real_batches(case, ranks, task["shards"], len(own)) if kind.fed else constant_batches(case)
 
