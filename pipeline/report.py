@@ -1,0 +1,241 @@
+"""`python -m pipeline.report BASE`: what this branch changed, for the reviewer of a pull request.
+
+data/reports/review/report.md, which fits into a comment on the forge, and report.html, the same with the curves and the
+pictures inside it. The branch as it lies here is held against the commit at which it left BASE. The outputs of both
+come by the hashes in their dvc.lock, out of DVC's cache or from the default remote; the work tree stays as it is, and
+neither a GPU nor TensorFlow is needed. What a side has not is said in the report, and is no error.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline import changed_pictures, comparison, revision
+from pipeline.comparison import METRICS, Side
+from pipeline.errors import PipelineError, run
+from pipeline.files import written_whole
+from pipeline.forge import COMMENT_LIMIT, REVIEW
+from pipeline.locked_data import LockedData, MissingError
+from pipeline.report_document import Block, Code, Document, Paragraph, Picture, Section, Table, html, markdown
+from pipeline.verify import LOCK, SHOWN, Entry, Verification, read_lock, verify
+
+OUT = Path("data/reports/review")
+PARAMS = "params.yaml"
+TIMINGS = Path("data/timings")  # STAGE.json, where a stage leaves one
+SECONDS = ("seconds", "judging", "checking")  # keys in there that hold a time
+RESULTS = (str(LOCK), PARAMS, "metrics.json")  # which have sections of their own
+PICTURES = 10
+
+
+def sides(repo: Repo, base: str, commit: str) -> tuple[Side, Side]:
+    """The commit of the base, and what lies here."""
+
+    def here(path: str) -> str | None:
+        return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).is_file() else None
+
+    def there(path: str) -> str | None:
+        return revision.text_at(commit, path)
+
+    return _side(repo, f"{base} at {commit[:SHOWN]}", there), _side(repo, "this branch", here)
+
+
+def _side(repo: Repo, name: str, text: Callable[[str], str | None]) -> Side:
+    lock = _lock(text(str(LOCK)))
+    return Side(name, _params(text(PARAMS)), lock, LockedData(repo, lock).json, text)
+
+
+def _lock(text: str | None) -> Mapping[str, Entry]:
+    try:
+        return read_lock(text)
+    except PipelineError:
+        return {}
+
+
+def _params(text: str | None) -> Mapping[str, Any] | None:
+    try:
+        content = YAML(typ="safe", pure=True).load(text or "")
+    except (YAMLError, ValueError):
+        return None
+    return content if isinstance(content, Mapping) else None
+
+
+def document(repo: Repo, base: str, commit: str) -> Document:
+    """The report on this work tree against a commit, which stands on branch `base`."""
+    before, after = sides(repo, base, commit)
+    changed = [path for path in revision.changed_files(commit) if path not in RESULTS]
+    pins = [path for path in changed if path.startswith("requirements/") and path.endswith(".txt")]
+    verified = _verified(after.lock)
+    return Document(
+        f"Review of this branch against {before.name}",
+        list(comparison.lead(before, after, verified)),
+        [
+            Section("Parameters", comparison.parameters(before, after)),
+            Section("Metrics", comparison.metrics(before, after, {})),
+            Section("Classes", comparison.classes(before, after)),
+            Section("Gate", comparison.gate(before, after)),
+            Section("Stages", comparison.stages(before, after, verified, _seconds())),
+            Section("Data", comparison.data(before, after)),
+            Section("Code", comparison.code(before, after, changed)),
+            Section("Environment", comparison.environment(before, after, pins)),
+            Section("Precision and recall", _curves(repo, before, after)),
+            Section("Pictures that changed most", list(_pictures(repo, before, after))),
+        ],
+    )
+
+
+def _verified(lock: Mapping[str, Entry]) -> Verification:
+    try:
+        return verify(lock)
+    except PipelineError as error:
+        return Verification([], [], str(error))
+
+
+def _seconds() -> dict[str, float]:
+    """Stage -> how long its last run here took, of the stages that leave that behind."""
+    found = {}
+    for path in sorted(TIMINGS.glob("*.json")):
+        try:
+            rows = comparison.flat(YAML(typ="safe", pure=True).load(path.read_text()))
+        except (YAMLError, ValueError):
+            continue
+        times = [value for key, value in rows.items() if key.rpartition(".")[2] in SECONDS]
+        if times and all(isinstance(value, (int, float)) for value in times):
+            found[path.stem] = float(sum(times))
+    return found
+
+
+def _gate_split(before: Side, after: Side) -> tuple[str | None, list[Block]]:
+    """The split on which both models were judged against the same ground truth; None, and why, where there is none."""
+    old, new, blocks = comparison.found_in_both(METRICS, before, after)
+    if not (old and new):
+        return None, blocks
+    split = new["gate_split"]
+    if not comparison.same_truth(old["splits"].get(split), new["splits"][split]):
+        return None, [Paragraph(f"Not comparable: the ground truth of {split} is not the one before.")]
+    return str(split), []
+
+
+def _curves(repo: Repo, before: Side, after: Side) -> list[Block]:
+    old, new, blocks = comparison.found_in_both(METRICS, before, after)
+    if not (old and new):
+        return blocks
+    split = new["gate_split"]
+    path = f"data/eval/precision_recall_{split}.csv"
+    tables = []
+    for side in (before, after):
+        try:
+            tables.append(comparison.table_of(LockedData(repo, side.lock).read(path).decode()))
+        except (PipelineError, UnicodeDecodeError) as error:
+            return [Paragraph(f"{side.name}: {error}.")]
+    return comparison.curves(split, *tables)
+
+
+def _pictures(repo: Repo, before: Side, after: Side) -> Iterator[Block]:
+    """The images whose detections changed most: a table, and pictures as far as the images can be had."""
+    split, blocks = _gate_split(before, after)
+    yield from blocks
+    if split is None:
+        return
+    path = f"data/eval/detections_{split}.json"
+    try:
+        results = [side.json(path) for side in (before, after)]
+        manifest = after.json(comparison.MANIFEST)
+        truth = after.json(f"data/shards/ground_truth_{split}.json")
+    except MissingError as error:
+        yield Paragraph(f"{error}.")
+        return
+    min_score = float(_at_evaluate(after, "picture_score", 0.3))
+    changed = changed_pictures.changes(results[0], results[1], min_score)
+    if not changed:
+        yield Paragraph(f"No detection with a score of at least {min_score:g} changed.")
+        return
+    most = sorted(changed, key=lambda number: (-changed[number], number))[:PICTURES]
+    files = {image["id"]: image.get("file_name", str(image["id"])) for image in truth["images"]}
+    yield Paragraph(
+        f"Detections with a score of at least {min_score:g} changed on {len(changed)} of {len(files)} images of "
+        f"{split}. A detection that only one side has counts its score; one that both have, what its score moved and "
+        "1 - IoU."
+    )
+    shown = [_of_images(rows, most, min_score) for rows in results]
+    rows = [
+        (Code(files[n]), f"{changed[n]:.2f}", str(len(shown[0][n])), str(len(shown[1][n]))) for n in most if n in files
+    ]
+    yield Table(["image", "change", "detections before", "after"], rows)
+    yield from _drawn(repo, after, split, [n for n in most if n in files], files, shown, truth, manifest)
+
+
+def _at_evaluate(side: Side, key: str, otherwise: float) -> Any:
+    return ((side.params or {}).get("evaluate") or {}).get(key, otherwise)
+
+
+def _of_images(
+    rows: Sequence[Mapping[str, Any]], images: Sequence[int], min_score: float
+) -> dict[int, list[Mapping[str, Any]]]:
+    """Image id -> its detections that count, the best first."""
+    found: dict[int, list[Mapping[str, Any]]] = {number: [] for number in images}
+    for row in rows:
+        if row["image_id"] in found and row.get("score", 1.0) >= min_score:
+            found[row["image_id"]].append(row)
+    return {number: sorted(some, key=lambda row: -row.get("score", 1.0)) for number, some in found.items()}
+
+
+def _drawn(
+    repo: Repo,
+    after: Side,
+    split: str,
+    images: Sequence[int],
+    files: Mapping[int, str],
+    shown: Sequence[Mapping[int, list[Mapping[str, Any]]]],
+    truth: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+) -> Iterator[Block]:
+    boxes = _of_images(truth["annotations"], images, 0.0)
+    names = {row["category_id"]: row["name"] for row in manifest["classes"]}
+    try:
+        for number in images:
+            with LockedData(repo, after.lock).open(f"data/raw/{split}.zip") as archive:
+                encoded = changed_pictures.read_image(archive, files[number])
+            sides = (boxes[number], shown[0][number], shown[1][number])
+            jpeg = changed_pictures.triptych(encoded, *sides, names, manifest["apply_exif"])
+            yield Picture(jpeg, (Code(files[number]),))
+    except PipelineError as error:
+        yield Paragraph(f"The images cannot be drawn: {error}.")
+
+
+def _more() -> str:
+    """Where the whole report is, as Markdown; in a workflow, its page."""
+    server, repository, number = (os.environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID"))
+    if server and repository and number:
+        page = f"{server}/{repository}/actions/runs/{number}"
+        return f"Curves and pictures: `report.html` in the artifact `review` of [this run]({page})."
+    return "Curves and pictures: `report.html` beside this file."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description="what this branch changed")
+    parser.add_argument("base", help="branch, tag or commit that the branch is to be merged into")
+    base = parser.parse_args(arguments).base
+    commit = revision.commit_of(base)
+    commit = revision.merge_base(commit, "HEAD") or commit
+    try:
+        with Repo() as repo:
+            found = document(repo, base, commit)
+    except DvcException as error:
+        raise PipelineError(f"DVC cannot open this repository: {error}") from None
+    limit = COMMENT_LIMIT - len(REVIEW) - 1
+    for name, text in (("report.md", markdown(found, limit, _more())), ("report.html", html(found))):
+        with written_whole(OUT / name) as part:
+            part.write_text(text, encoding="utf-8")
+        print(OUT / name)
+
+
+if __name__ == "__main__":
+    run(main)
