@@ -50,13 +50,15 @@ class LockedData:
         out = next((found for found in self._outs if path == found or path.startswith(f"{found}/")), None)
         if out is None or not self._outs[out].get("md5"):
             raise MissingError(f"{path} is no output in dvc.lock")
-        digest = str(self._outs[out]["md5"])
-        if not digest.endswith(FOLDER):
-            return digest
-        files = self._files(digest, out)
-        if path.removeprefix(f"{out}/") not in files:
+        name, files = path.removeprefix(out).removeprefix("/"), self.files(out)
+        if name not in files:
             raise MissingError(f"{path} is not among what its run produced")
-        return files[path.removeprefix(f"{out}/")]
+        return files[name]
+
+    def files(self, out: str) -> dict[str, str]:
+        """The path below an output -> md5, of each file of it; an output that is a file has the path ""."""
+        digest = str(self._outs[out]["md5"])
+        return self._files(digest, out) if digest.endswith(FOLDER) else {"": digest}
 
     def _files(self, digest: str, out: str) -> dict[str, str]:
         if digest not in self._folders:

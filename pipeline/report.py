@@ -8,6 +8,7 @@ neither a GPU nor TensorFlow is needed. What a side has not is said in the repor
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def sides(repo: Repo, base: str, commit: str) -> tuple[Side, Side]:
     def there(path: str) -> str | None:
         return revision.text_at(commit, path)
 
-    return _side(repo, f"{base} at {commit[:SHOWN]}", there), _side(repo, "this branch", here)
+    name = f"{base} at {commit[:SHOWN]}" if not re.fullmatch(r"[0-9a-f]{40}", base) else f"commit {commit[:SHOWN]}"
+    return _side(repo, name, there), _side(repo, "this branch", here)
 
 
 def _side(repo: Repo, name: str, text: Callable[[str], str | None]) -> Side:
