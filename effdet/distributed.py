@@ -32,7 +32,7 @@ class RankLostError(EffdetError):
         """`message`: what Horovod says of it, in many words."""
         told = [line.strip() for line in message.splitlines() if re.search(r"Horovod|Timed out|\{\{node", line)]
         super().__init__(
-            "training: another rank ended, or gives no answer; its own words stand above, or in its host's log "
+            "ranks: another rank ended, or gives no answer; its own words stand above, or in its host's log "
             f"({'; '.join(told)[:400]})"
         )
 
@@ -208,13 +208,13 @@ def connect(ranks: int) -> Ranks:
     if ranks == 1:
         others = [f"{name}={size}" for name, size in announced.items() if size != "1"]
         if others:
-            raise EffdetError(f"training: a launcher started several processes ({', '.join(others)}), but ranks is 1")
+            raise EffdetError(f"ranks: a launcher started several processes ({', '.join(others)}), but ranks is 1")
         connected: Ranks = OneProcess()
     else:
         connected = Horovod()
         if connected.size != ranks:
             raise EffdetError(
-                f"training: ranks is {ranks}, but Horovod counts {connected.size} (launcher: {announced or 'none'})"
+                f"ranks is {ranks}, but Horovod counts {connected.size} (launcher: {announced or 'none'})"
             )
     _take_gpu(connected.local_rank)
     return connected
@@ -269,6 +269,6 @@ def _take_gpu(local_rank: int) -> None:
     if not gpus:
         return
     if local_rank >= len(gpus):
-        raise EffdetError(f"training: local rank {local_rank} has no GPU, this machine has {len(gpus)}")
+        raise EffdetError(f"ranks: local rank {local_rank} has no GPU, this machine has {len(gpus)}")
     tf.config.set_visible_devices(gpus[local_rank], "GPU")
     tf.config.experimental.set_memory_growth(gpus[local_rank], True)

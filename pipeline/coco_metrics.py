@@ -1,21 +1,28 @@
-"""COCO's detection metrics by pycocotools 2.0, its COCOeval with the published settings."""
+"""COCO's detection metrics with the published settings: by hotcoco, whose figures are pycocotools' to the last digit.
+
+pipeline.coco_reference holds them against pycocotools.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import hotcoco
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from numpy.typing import NDArray
 
 from effdet.boxes import yxyx_to_xywh
-from effdet.inference import Detections as InferenceDetections
-from effdet.inference import Found
 from pipeline.class_table import Class
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
+
+if TYPE_CHECKING:  # it imports TensorFlow, which nothing else here needs
+    from effdet.inference import Detections as InferenceDetections
+    from effdet.inference import Found
 
 # In the order of COCOeval.stats. s, m, l: objects under 32**2, up to 96**2, above, in square pixels; 1, 10, 100:
 # detections an image.
@@ -23,6 +30,7 @@ SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 NOTHING_TO_FIND = -1.0  # COCOeval's value where the ground truth has no such object
 
 Detections = Sequence[Mapping[str, Any]]  # COCO results: image_id, category_id, bbox [x, y, width, height], score
+Truth = Mapping[str, Any]  # COCO's json: images, annotations, categories
 
 
 def coco_metrics(ground_truth_path: Path, detections: Detections) -> dict[str, Any]:
@@ -32,28 +40,66 @@ def coco_metrics(ground_truth_path: Path, detections: Detections) -> dict[str, A
     Returns the twelve of SUMMARY, and "per_category": {category id: AP}; each 0..1, or NOTHING_TO_FIND.
     PipelineError where a detection is of an image that the ground truth has not.
     """
-    evaluation = coco_evaluation(ground_truth_path, detections)
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category], all areas, 100 detections
-    per_category = {category: mean_precision(precision[:, :, k]) for k, category in enumerate(evaluation.params.catIds)}
-    return {**dict(zip(SUMMARY, evaluation.stats.tolist(), strict=True)), "per_category": per_category}
+    return figures(coco_evaluation(read_truth(ground_truth_path, detections), detections))
 
 
-def coco_evaluation(ground_truth_path: Path, detections: Detections) -> COCOeval:
-    """The accumulated and summarized evaluation itself; arguments and error as for coco_metrics."""
-    content = read_json(ground_truth_path, "ground truth")
+def read_truth(path: Path, detections: Detections) -> Truth:
+    """The ground truth. PipelineError where it is missing, or a detection is of an image that it has not."""
+    content: Truth = read_json(path, "ground truth")
     known = {image["id"] for image in content["images"]}
     strange = {detection["image_id"] for detection in detections} - known
     if strange:
         raise PipelineError(
-            f"{ground_truth_path}: detections of {len(strange)} images that are not in it, the first {min(strange)}; "
+            f"{path}: detections of {len(strange)} images that are not in it, the first {min(strange)}; "
             "were they made of other shards?"
         )
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its steps on stdout
-        evaluation = COCOeval(_ground_truth(content), _results(content, detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
+    return content
+
+
+def coco_evaluation(truth: Truth, detections: Detections) -> hotcoco.COCOeval:
+    """The accumulated and summarized evaluation itself. Its image ids are places among the sorted ones."""
+    # Results come as a table of float64, which holds every place, but not every id.
+    image_ids = np.sort(np.array([image["id"] for image in truth["images"]], np.int64))
+    images = [{"id": place} for place in range(len(image_ids))]
+    annotations = truth["annotations"]
+    objects = hotcoco.COCO.from_arrays(
+        images,
+        [{"id": category["id"], "name": str(category["id"])} for category in truth["categories"]],
+        np.searchsorted(image_ids, column(annotations, "image_id", np.int64)),
+        column(annotations, "category_id", np.int64),
+        boxes_of(annotations),
+        ids=np.arange(1, len(annotations) + 1),
+        area=column(annotations, "area", np.float64),
+        iscrowd=column(annotations, "iscrowd", np.bool_),
+    )
+    results = np.empty((len(detections), 7))
+    results[:, 0] = np.searchsorted(image_ids, column(detections, "image_id", np.int64))
+    results[:, 1:5] = boxes_of(detections)
+    results[:, 5] = column(detections, "score", np.float64)
+    results[:, 6] = column(detections, "category_id", np.int64)
+    evaluation = hotcoco.COCOeval(objects, objects.load_res(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its summary
         evaluation.summarize()
     return evaluation
+
+
+def column(rows: Detections, key: str, kind: type[np.generic]) -> NDArray[Any]:
+    """The rows' values under `key`: [n]."""
+    return np.fromiter((row[key] for row in rows), kind, len(rows))
+
+
+def boxes_of(rows: Detections) -> NDArray[np.float64]:
+    """The rows' boxes: [n,4] xywh."""
+    return np.fromiter((edge for row in rows for edge in row["bbox"]), np.float64, 4 * len(rows)).reshape(-1, 4)
+
+
+def figures(evaluation: Any) -> dict[str, Any]:
+    """The twelve of SUMMARY and "per_category", of an evaluation by hotcoco or by pycocotools."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category], all areas, 100 detections
+    per_category = {category: mean_precision(precision[:, :, k]) for k, category in enumerate(evaluation.params.catIds)}
+    return {**dict(zip(SUMMARY, evaluation.stats.tolist(), strict=True)), "per_category": per_category}
 
 
 def coco_results(found: InferenceDetections, classes: Sequence[Class]) -> list[dict[str, Any]]:
@@ -88,26 +134,3 @@ def mean_precision(precision: np.ndarray) -> float:
     """Mean over those entries that are defined, or NOTHING_TO_FIND: what COCOeval's summary does."""
     defined = precision[precision >= 0]
     return float(defined.mean()) if defined.size else NOTHING_TO_FIND
-
-
-def _ground_truth(content: Mapping[str, Any]) -> COCO:
-    # Numbered from 1: pycocotools marks a detection by the id of its match, and reads 0 as no match.
-    return _indexed({**content, "annotations": _numbered(content["annotations"])})
-
-
-def _results(content: Mapping[str, Any], detections: Detections) -> COCO:
-    boxes = [
-        {**detection, "area": detection["bbox"][2] * detection["bbox"][3], "iscrowd": 0} for detection in detections
-    ]
-    return _indexed({"images": content["images"], "categories": content["categories"], "annotations": _numbered(boxes)})
-
-
-def _numbered(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)]
-
-
-def _indexed(dataset: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco

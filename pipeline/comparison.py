@@ -30,6 +30,15 @@ Interval = tuple[float, float]  # low, high
 
 
 @dataclass(frozen=True)
+class Intervals:
+    """Of the differences on the gate's split."""
+
+    metrics: Mapping[str, Interval]  # name -> its interval
+    per_class: Mapping[str, Interval]  # class -> that of its AP
+    words: str  # what they are
+
+
+@dataclass(frozen=True)
 class Side:
     """One of the two revisions. What is None it does not have."""
 
@@ -213,8 +222,8 @@ def _drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Block]:
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-def metrics(before: Side, after: Side, intervals: Mapping[str, Interval]) -> list[Block]:
-    """The twelve numbers of each split. `intervals`: of the differences on the gate's split, by name."""
+def metrics(before: Side, after: Side, intervals: Intervals | None) -> list[Block]:
+    """The twelve numbers of each split."""
     old, new, blocks = found_in_both(METRICS, before, after)
     for split in dict.fromkeys((*_splits(old), *_splits(new))):
         sides = [_splits(found).get(split) for found in (old, new)]
@@ -222,12 +231,14 @@ def metrics(before: Side, after: Side, intervals: Mapping[str, Interval]) -> lis
             words = f"{split}: judged on other ground truth than before; the figures do not compare one to one."
             blocks.append(Paragraph(words, warning=True))
         gate = bool(new) and split == new.get("gate_split")
-        known = intervals if gate else {}
+        known = intervals.metrics if intervals and gate else {}
         values = [(side or {}).get("metrics", {}) for side in sides]
         names = dict.fromkeys((*values[0], *values[1]))
         rows = [(name, *figures(values[0].get(name), values[1].get(name), known.get(name))) for name in _ordered(names)]
         head = [split, "before", "after", "difference"] + (["interval"] if known else [])
         blocks.append(Table(head, [row if known else row[:4] for row in rows]))
+        if intervals and gate:
+            blocks.append(Paragraph(intervals.words))
     return blocks
 
 
@@ -264,7 +275,7 @@ def difference(before: float | None, after: float | None) -> str:
     return "0" if change == 0 else f"{UP if change > 0 else DOWN} {change:+.{DIGITS}f}"
 
 
-def classes(before: Side, after: Side) -> list[Block]:
+def classes(before: Side, after: Side, intervals: Intervals | None) -> list[Block]:
     """AP by class on the gate's split: those that won most, and those that lost most."""
     old, new, blocks = found_in_both(METRICS, before, after)
     if not (old and new):
@@ -278,12 +289,15 @@ def classes(before: Side, after: Side) -> list[Block]:
         blocks.append(Paragraph(cut))
         both = both[:WINNERS] + both[-WINNERS:]
     apart = [name for name in dict.fromkeys((*sides[0], *sides[1])) if (name in sides[0]) != (name in sides[1])]
+    known = intervals.per_class if intervals else {}
+    head = [f"AP on {split}", "before", "after", "difference"] + (["interval"] if known else [])
     rows: list[Sequence[Cell]] = [
-        (Code(name), *figures(sides[0].get(name), sides[1].get(name))[:3]) for name in [*both, *apart]
+        (Code(name), *figures(sides[0].get(name), sides[1].get(name), known.get(name))[: len(head) - 1])
+        for name in [*both, *apart]
     ]
     if not rows:
         return [*blocks, Paragraph("No class was measured on both sides.")]
-    return [*blocks, Table([f"AP on {split}", "before", "after", "difference"], rows)]
+    return [*blocks, Table(head, rows)]
 
 
 def curves(split: str, before: Mapping[str, list[float]], after: Mapping[str, list[float]]) -> list[Block]:

@@ -45,8 +45,8 @@ from pipeline.detectors import (
     open_from,
 )
 from pipeline.errors import PipelineError, run
-from pipeline.evaluate import rows_file
 from pipeline.files import written_whole
+from pipeline.judging import rows_file
 from pipeline.rendering import Drawn, with_boxes
 from pipeline.video import VideoReader, VideoWriter
 

@@ -1,7 +1,7 @@
 """Judges any model on any COCO-format set: `python -m pipeline.evaluate_model MODEL --annotations FILE --images PATH`.
 
 PATH is a folder of images or a zip. `--out FOLDER`, which is to be new or empty, gets what the evaluate stage writes:
-  metrics.json, detections_SET.json, per_class_SET.csv, precision_recall_SET.csv, pictures/, index.html
+  metrics.json, detections_SET.json, the tables for plots, pictures/, index.html; and timings.json
 or, where the file has images and no annotations (COCO's test-dev), what COCO's server takes:
   detections_SET_MODEL_results.json, and a .zip of it
 SET is the annotations' file name without instances_ or image_info_. NMS, pictures and the usual batch are those of
@@ -13,13 +13,12 @@ EXIF where the model was trained so: the annotations are then to refer to the tu
 import argparse
 import contextlib
 import zipfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
-import numpy as np
 from tqdm import tqdm
 
 from effdet.postprocess import PostprocessConfig
@@ -36,11 +35,14 @@ from pipeline.detectors import (
     open_from,
 )
 from pipeline.errors import PipelineError, run
-from pipeline.evaluate import METRICS_FILE, about, judge_split, summary, write_results
+from pipeline.evaluate import BREAKDOWN_FILE, METRICS_FILE, PAGE_FILE, about, breakdown
 from pipeline.evaluation_page import page
 from pipeline.files import write_json, written_whole
+from pipeline.judging import ImagesOf, judge_split, summary, write_results
+from pipeline.timings import Pace
 
 PREFIXES = ("instances_", "image_info_")  # of COCO's annotation files
+TIMINGS_FILE = "timings.json"
 EXPORT_NMS = "the exported model's own"
 
 Row = dict[str, Any]
@@ -120,7 +122,11 @@ def open_images(path: Path, tables: CocoTables) -> ImageArchive | ImageFolder:
 
 
 def results(
-    detector: Detector, tables: CocoTables, images: ImageArchive | ImageFolder, batch_size: int
+    detector: Detector,
+    tables: CocoTables,
+    images: ImageArchive | ImageFolder,
+    batch_size: int,
+    pace: Pace | None = None,
 ) -> Generator[Row, None, None]:
     """COCO results of every image, by image id, the best of an image first."""
     rows = tables.images.sort_values("id").to_dict("records")
@@ -129,6 +135,8 @@ def results(
             found = detector.detect([picture for _, picture in loaded])
             for (image_id, _), here in zip(loaded, found, strict=True):
                 yield from coco_rows(image_id, here, detector.classes)
+            if pace is not None:
+                pace.batch(len(loaded))
             bar.update(len(loaded))
 
 
@@ -144,12 +152,10 @@ def _load(images: ImageArchive | ImageFolder, apply_exif: bool, row: Row) -> tup
     return row["id"], picture
 
 
-def spread(tables: CocoTables, images: ImageArchive | ImageFolder, count: int) -> dict[int, bytes]:
-    """`count` images, or all, evenly spaced by id: image id -> the file's bytes."""
-    rows = tables.images.sort_values("id")
-    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows)), dtype=np.int64))
-    chosen = rows.iloc[places]
-    return {number: images.read(name) for number, name in zip(chosen["id"].tolist(), chosen["file_name"], strict=True)}
+def read_images(tables: CocoTables, images: ImageArchive | ImageFolder, image_ids: Sequence[int]) -> dict[int, bytes]:
+    """The files of the images with these ids: image id -> bytes."""
+    names = dict(zip(tables.images["id"].tolist(), tables.images["file_name"], strict=True))
+    return {image_id: images.read(names[image_id]) for image_id in image_ids}
 
 
 def set_name(annotations: Path) -> str:
@@ -166,14 +172,24 @@ def write_judged(
     source: str,
     detector: Detector,
     rows: list[Row],
-    drawn: Mapping[int, bytes],
+    images_of: ImagesOf,
     settings: params.Evaluate,
+    seconds: Row,
 ) -> str:
-    """Judges results, draws them on images, and writes all files; the outcome in a line."""
+    """Judges results, draws them on images, and writes all files; the outcome in a line. `seconds`: of judge_split."""
     name = set_name(annotations)
     used_for = f"of {annotations.name}"
     figures, shown = judge_split(
-        folder, name, used_for, annotations, rows, drawn, detector.classes, settings, detector.apply_exif
+        folder,
+        name,
+        used_for,
+        annotations,
+        rows,
+        images_of,
+        detector.classes,
+        settings,
+        detector.apply_exif,
+        seconds,
     )
     stored = detector.stored
     judged: Row = {
@@ -184,10 +200,11 @@ def write_judged(
     if stored:
         judged["weights"] = stored.weights.model_dump()
     write_json(folder / METRICS_FILE, judged)
+    write_json(folder / BREAKDOWN_FILE, breakdown(judged["splits"]))
     # published weights say nothing of epochs
     trained = stored is not None and stored.weights.epoch > 0
     words = about(stored) if stored and trained else f"{len(detector.classes)} classes, from {source}."
-    (folder / "index.html").write_text(page(detector.name, words, [shown], settings.picture_score), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(page(detector.name, words, [shown], settings.picture_score), encoding="utf-8")
     return summary(name, figures)
 
 
@@ -209,13 +226,17 @@ def main() -> None:
     batch_size = arguments.batch or settings.batch_size
     detector = open_from(arguments, PostprocessConfig(**settings.nms.model_dump()), batch_size)
     require_same_categories(detector, arguments.source, tables, annotations)
-    found = results(detector, tables, images, batch_size)
+    pace = Pace()
+    found = results(detector, tables, images, batch_size, pace)
     with written_whole(out) as folder, contextlib.closing(found):
         folder.mkdir()
         if has_truth:
-            drawn = spread(tables, images, settings.pictures)
-            line = write_judged(folder, annotations, arguments.source, detector, list(found), drawn, settings)
-            message = f"{line}; see {out / 'index.html'}"
+            rows = list(found)
+            timings: Row = {"detection": pace.figures(1)}
+            images_of = partial(read_images, tables, images)
+            line = write_judged(folder, annotations, arguments.source, detector, rows, images_of, settings, timings)
+            write_json(folder / TIMINGS_FILE, timings)
+            message = f"{line}; see {out / PAGE_FILE}"
         else:
             stem = f"detections_{set_name(annotations)}_{detector.name}_results"
             write_server_file(folder, stem, found)

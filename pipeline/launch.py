@@ -50,7 +50,7 @@ def launch(module: str, ranks: int, where: Local) -> None:
     announced = [name for name in SIZE_VARIABLES if os.environ.get(name, "1") != "1"]
     if announced:
         raise PipelineError(
-            f"train.ranks is {ranks}, and a launcher has started this process already ({announced[0]}="
+            f"ranks is {ranks}, and a launcher has started this process already ({announced[0]}="
             f"{os.environ[announced[0]]}); start `python -m {module}` alone, it starts the ranks itself"
         )
     heard = Heard(ranks)
@@ -107,7 +107,7 @@ class LocalJob:
             self._process = subprocess.Popen(line, process_group=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except FileNotFoundError:
             raise PipelineError(
-                f"{line[0]}: not found: train.ranks {ranks} needs it; run `make setup` (horovodrun) or install "
+                f"{line[0]}: not found: ranks {ranks} needs it; run `make setup` (horovodrun) or install "
                 "openmpi-bin (mpirun), or set ranks to 1"
             ) from None
         streams = [(self._process.stdout, False), (self._process.stderr, True)]

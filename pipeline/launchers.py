@@ -20,7 +20,6 @@ from pipeline.local import PREFIX, Kubernetes, Local
 Block = TypeVar("Block")
 
 WORKER = "--worker"  # tells a module that it was started as a rank
-JOB_NAME = "effdet-train"
 SLURM_LOG = Path("data/logs/slurm-%j.log")  # what the job says; %j: its number
 
 # The variables of this process that ranks on other machines need too, where a launcher does not hand on all.
@@ -31,6 +30,11 @@ FORWARDED_PREFIXES = (PREFIX, "CUDA_", "HOROVOD_", "NCCL_", "OMP_", "PYTHON", "T
 def needs_launcher(ranks: int, where: Local) -> bool:
     """Whether the ranks are other processes than this one."""
     return ranks > 1 or where.launcher in ("slurm", "kubernetes")
+
+
+def job_name(module: str) -> str:
+    """What a cluster calls the job."""
+    return f"effdet-{module.rpartition('.')[2]}"
 
 
 def preview(module: str, ranks: int, where: Local) -> str:
@@ -119,7 +123,7 @@ def sbatch_script(module: str, ranks: int, where: Local) -> str:
     """The job: one process on its first node that brings the ranks together (pipeline.slurm_job)."""
     slurm = _given(where.slurm)
     options = {
-        "job-name": JOB_NAME,
+        "job-name": job_name(module),
         "ntasks": str(ranks),
         "nodes": str(-(-ranks // slurm.ranks_per_node)),
         "ntasks-per-node": str(min(ranks, slurm.ranks_per_node)),
@@ -143,7 +147,7 @@ def mpi_job(module: str, ranks: int, where: Local) -> str:
     slots = max(1, cluster.gpus_per_worker)
     if ranks % slots:
         raise PipelineError(
-            f"train.ranks is {ranks}, which is no multiple of kubernetes.gpus_per_worker {cluster.gpus_per_worker}"
+            f"ranks is {ranks}, which is no multiple of kubernetes.gpus_per_worker {cluster.gpus_per_worker}"
         )
     settings = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
     line = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--map-by", "slot", "--tag-output"]
@@ -156,7 +160,7 @@ def mpi_job(module: str, ranks: int, where: Local) -> str:
     job = {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",
-        "metadata": {"generateName": f"{JOB_NAME}-", "namespace": cluster.namespace},
+        "metadata": {"generateName": f"{job_name(module)}-", "namespace": cluster.namespace},
         "spec": {
             "slotsPerWorker": slots,
             "runPolicy": {"backoffLimit": 0, "cleanPodPolicy": "Running"},

@@ -241,10 +241,12 @@ class Nms(Section):
 class Evaluate(Section):
     """How the model is judged."""
 
-    batch_size: Count
+    ranks: Count  # Horovod processes that detect
+    batch_size: Count  # images a rank works on at a time
     nms: Nms
-    pictures: Annotated[int, Field(ge=0)]  # images drawn with truth and detections side by side
-    picture_score: Fraction  # detections drawn from this score on
+    pictures: Annotated[int, Field(ge=0)]  # images drawn with truth and detections side by side: the best, the worst
+    picture_score: Fraction  # from this score on a detection is drawn, and counts in an image's F1 and in confusions
+    verify: Literal["subset", "full"]  # the images on which pycocotools is asked too; under 1,000 it is on all
 
 
 class Licences(Section):
@@ -254,11 +256,27 @@ class Licences(Section):
     initial_weights: str | None
 
 
+class Bootstrap(Section):
+    """The interval of the difference between candidate and champion: pipeline.bootstrap."""
+
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    resamples: Annotated[int, Field(ge=100)]
+    seed: Seed
+
+
 class Promote(Section):
     """The gate, and what goes out."""
 
     min_ap: Fraction  # where there is no champion
-    min_gain: float  # AP over the champion's
+    refresh: bool  # true: new data or code for what works: AP may fall by max_loss; false: it must rise by min_gain
+    min_gain: NonNegative  # AP over the champion's
+    max_loss: NonNegative  # AP below the champion's
+    max_class_loss: NonNegative  # AP of any class below the champion's
+    max_size_loss: NonNegative  # APs, APm, APl likewise
+    bootstrap: Bootstrap
+    max_megabytes: Positive  # the SavedModel's files
+    max_latency_ms: Positive  # the SavedModel's time an image, where there is no champion
+    max_latency_ratio: Positive  # to the champion's
     formats: Annotated[tuple[Format, ...], Field(min_length=1)]  # that the model goes out in
     licences: Licences
 
@@ -273,6 +291,8 @@ class Promote(Section):
     def _different(self) -> "Promote":
         if len(set(self.formats)) < len(self.formats):
             raise ValueError(f"formats: one stands there twice: {', '.join(self.formats)}")
+        if "saved_model" not in self.formats:
+            raise ValueError(f"formats: saved_model, which the gate measures, is not in {', '.join(self.formats)}")
         return self
 
 

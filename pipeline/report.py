@@ -7,9 +7,12 @@ neither a GPU nor TensorFlow is needed. What a side has not is said in the repor
 """
 
 import argparse
+import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import changed_pictures, comparison, revision
-from pipeline.comparison import METRICS, Side
+from pipeline.bootstrap import Interval, difference
+from pipeline.comparison import METRICS, Intervals, Side
 from pipeline.errors import PipelineError, run
 from pipeline.files import written_whole
 from pipeline.forge import COMMENT_LIMIT, REVIEW
@@ -33,6 +37,7 @@ TIMINGS = Path("data/timings")  # STAGE.json, where a stage leaves one
 SECONDS = ("seconds", "judging", "checking")  # keys in there that hold a time
 RESULTS = (str(LOCK), PARAMS, "metrics.json")  # which have sections of their own
 PICTURES = 10
+RESAMPLES, SEED, CONFIDENCE = 1000, 1, 0.95  # of the bootstrap
 
 
 def sides(repo: Repo, base: str, commit: str) -> tuple[Side, Side]:
@@ -74,20 +79,22 @@ def document(repo: Repo, base: str, commit: str) -> Document:
     changed = [path for path in revision.changed_files(commit) if path not in RESULTS]
     pins = [path for path in changed if path.startswith("requirements/") and path.endswith(".txt")]
     verified = _verified(after.lock)
+    results, why = _results(before, after)
+    intervals = _intervals(results)
     return Document(
         f"Review of this branch against {before.name}",
         list(comparison.lead(before, after, verified)),
         [
             Section("Parameters", comparison.parameters(before, after)),
-            Section("Metrics", comparison.metrics(before, after, {})),
-            Section("Classes", comparison.classes(before, after)),
+            Section("Metrics", comparison.metrics(before, after, intervals)),
+            Section("Classes", comparison.classes(before, after, intervals)),
             Section("Gate", comparison.gate(before, after)),
             Section("Stages", comparison.stages(before, after, verified, _seconds())),
             Section("Data", comparison.data(before, after)),
             Section("Code", comparison.code(before, after, changed)),
             Section("Environment", comparison.environment(before, after, pins)),
             Section("Precision and recall", _curves(repo, before, after)),
-            Section("Pictures that changed most", list(_pictures(repo, before, after))),
+            Section("Pictures that changed most", why or list(_pictures(repo, after, results))),
         ],
     )
 
@@ -113,15 +120,53 @@ def _seconds() -> dict[str, float]:
     return found
 
 
-def _gate_split(before: Side, after: Side) -> tuple[str | None, list[Block]]:
-    """The split on which both models were judged against the same ground truth; None, and why, where there is none."""
+@dataclass(frozen=True)
+class Results:
+    """COCO results of both models on the gate's split, which was judged against the same ground truth."""
+
+    split: str
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
+    truth: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+
+
+def _results(before: Side, after: Side) -> tuple[Results | None, list[Block]]:
+    """None, and why, where the detections cannot be compared."""
     old, new, blocks = comparison.found_in_both(METRICS, before, after)
     if not (old and new):
         return None, blocks
-    split = new["gate_split"]
+    split = str(new["gate_split"])
     if not comparison.same_truth(old["splits"].get(split), new["splits"][split]):
         return None, [Paragraph(f"Not comparable: the ground truth of {split} is not the one before.")]
-    return str(split), []
+    path = f"data/eval/detections_{split}.json"
+    try:
+        rows = [side.json(path) for side in (before, after)]
+        truth, manifest = (after.json(name) for name in (f"data/shards/ground_truth_{split}.json", comparison.MANIFEST))
+    except MissingError as error:
+        return None, [Paragraph(f"{error}.")]
+    return Results(split, rows[0], rows[1], truth, manifest), []
+
+
+def _intervals(results: Results | None) -> Intervals | None:
+    """Of what the models differ by; None where they detect the same, or cannot be compared."""
+    if results is None or results.before == results.after:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        truth = Path(folder, "ground_truth.json")
+        truth.write_text(json.dumps(results.truth))
+        found = difference(truth, results.after, results.before, resamples=RESAMPLES, seed=SEED, confidence=CONFIDENCE)
+    names = {row["category_id"]: row["name"] for row in results.manifest["classes"]}
+    by_class = {names[number]: interval for number, interval in found.per_class.items() if number in names}
+    words = (
+        f"Intervals: {CONFIDENCE:.0%} of the differences in {RESAMPLES:,} draws of the images, with repetition. "
+        "One that holds 0: the difference may be chance."
+    )
+    return Intervals(_bounds(found.metrics), _bounds(by_class), words)
+
+
+def _bounds(found: Mapping[str, Interval]) -> dict[str, tuple[float, float]]:
+    return {name: (one.low, one.high) for name, one in found.items() if one.low is not None and one.high is not None}
 
 
 def _curves(repo: Repo, before: Side, after: Side) -> list[Block]:
@@ -139,38 +184,28 @@ def _curves(repo: Repo, before: Side, after: Side) -> list[Block]:
     return comparison.curves(split, *tables)
 
 
-def _pictures(repo: Repo, before: Side, after: Side) -> Iterator[Block]:
+def _pictures(repo: Repo, after: Side, results: Results | None) -> Iterator[Block]:
     """The images whose detections changed most: a table, and pictures as far as the images can be had."""
-    split, blocks = _gate_split(before, after)
-    yield from blocks
-    if split is None:
-        return
-    path = f"data/eval/detections_{split}.json"
-    try:
-        results = [side.json(path) for side in (before, after)]
-        manifest = after.json(comparison.MANIFEST)
-        truth = after.json(f"data/shards/ground_truth_{split}.json")
-    except MissingError as error:
-        yield Paragraph(f"{error}.")
+    if results is None:
         return
     min_score = float(_at_evaluate(after, "picture_score", 0.3))
-    changed = changed_pictures.changes(results[0], results[1], min_score)
+    changed = changed_pictures.changes(results.before, results.after, min_score)
     if not changed:
         yield Paragraph(f"No detection with a score of at least {min_score:g} changed.")
         return
     most = sorted(changed, key=lambda number: (-changed[number], number))[:PICTURES]
-    files = {image["id"]: image.get("file_name", str(image["id"])) for image in truth["images"]}
+    files = {image["id"]: image.get("file_name", str(image["id"])) for image in results.truth["images"]}
     yield Paragraph(
         f"Detections with a score of at least {min_score:g} changed on {len(changed)} of {len(files)} images of "
-        f"{split}. A detection that only one side has counts its score; one that both have, what its score moved and "
-        "1 - IoU."
+        f"{results.split}. A detection that only one side has counts its score; one that both have, what its score "
+        "moved and 1 - IoU."
     )
-    shown = [_of_images(rows, most, min_score) for rows in results]
+    shown = [_of_images(rows, most, min_score) for rows in (results.before, results.after)]
     rows = [
         (Code(files[n]), f"{changed[n]:.2f}", str(len(shown[0][n])), str(len(shown[1][n]))) for n in most if n in files
     ]
     yield Table(["image", "change", "detections before", "after"], rows)
-    yield from _drawn(repo, after, split, [n for n in most if n in files], files, shown, truth, manifest)
+    yield from _drawn(repo, after, results, [n for n in most if n in files], files, shown)
 
 
 def _at_evaluate(side: Side, key: str, otherwise: float) -> Any:
@@ -191,21 +226,19 @@ def _of_images(
 def _drawn(
     repo: Repo,
     after: Side,
-    split: str,
+    results: Results,
     images: Sequence[int],
     files: Mapping[int, str],
     shown: Sequence[Mapping[int, list[Mapping[str, Any]]]],
-    truth: Mapping[str, Any],
-    manifest: Mapping[str, Any],
 ) -> Iterator[Block]:
-    boxes = _of_images(truth["annotations"], images, 0.0)
-    names = {row["category_id"]: row["name"] for row in manifest["classes"]}
+    boxes = _of_images(results.truth["annotations"], images, 0.0)
+    names = {row["category_id"]: row["name"] for row in results.manifest["classes"]}
     try:
         for number in images:
-            with LockedData(repo, after.lock).open(f"data/raw/{split}.zip") as archive:
+            with LockedData(repo, after.lock).open(f"data/raw/{results.split}.zip") as archive:
                 encoded = changed_pictures.read_image(archive, files[number])
             sides = (boxes[number], shown[0][number], shown[1][number])
-            jpeg = changed_pictures.triptych(encoded, *sides, names, manifest["apply_exif"])
+            jpeg = changed_pictures.triptych(encoded, *sides, names, results.manifest["apply_exif"])
             yield Picture(jpeg, (Code(files[number]),))
     except PipelineError as error:
         yield Paragraph(f"The images cannot be drawn: {error}.")

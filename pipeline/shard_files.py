@@ -48,6 +48,12 @@ def all_images(paths: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
         yield from _images(shards, np.arange(start, min(start + CHUNK, len(shards))))
 
 
+def images_of(paths: Sequence[Path], image_ids: Sequence[int]) -> dict[int, bytes]:
+    """The images with these ids: image id -> JPEG or PNG bytes."""
+    wanted = set(image_ids)
+    return {image_id: encoded for image_id, encoded in all_images(paths) if image_id in wanted} if wanted else {}
+
+
 def _images(shards: Shards, numbers: np.ndarray) -> Iterator[tuple[int, bytes]]:
     if numbers.size:
         examples = parse_examples(shards.read(numbers), max_boxes=1)

@@ -38,6 +38,7 @@ def write(path, content):
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(path).write_text(content if isinstance(content, str) else json.dumps(content))
 classes = [{"class_id": n, "category_id": n + 1, "name": name} for n, name in enumerate(p["data"]["classes"])]
+categories = [{"id": row["category_id"], "name": row["name"]} for row in classes]
 images = [{"id": n, "file_name": f"{n}.jpg", "height": 24, "width": 32} for n in range(1, p["data"]["images"] + 1)]
 def shard():
     pathlib.Path("data/raw").mkdir(parents=True, exist_ok=True)
@@ -46,8 +47,8 @@ def shard():
             file = io.BytesIO()
             Image.new("RGB", (32, 24), (9 * image["id"], 99, 99)).save(file, "JPEG")
             archive.writestr(zipfile.ZipInfo("val/" + image["file_name"]), file.getvalue())
-    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [2, 2, 9, 9], "iscrowd": 0} for n in (1, 2)]
-    write("data/shards/ground_truth_val.json", {"images": images, "annotations": boxes, "categories": []})
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [2, 2, 9, 9], "area": 81, "iscrowd": 0} for n in (1, 2)]
+    write("data/shards/ground_truth_val.json", {"images": images, "annotations": boxes, "categories": categories})
     counts = dict(zip(p["data"]["classes"], p["data"]["boxes"]))
     write("data/shards/manifest.json", {"apply_exif": False, "classes": classes,
         "source": {"val": {"annotations_sha256": str(counts)}},

@@ -22,7 +22,8 @@ from pipeline.shard_files import spread_images
 from tests.pipeline.judged_model import write_shards, write_trained
 
 ROOT = Path(__file__).parents[2]
-FILES = ("detections_val.json", "per_class_val.csv", "precision_recall_val.csv")
+TABLES = ("per_class", "precision_recall", "errors", "calibration", "confusion")
+FILES = ("detections_val.json", "breakdown.json", *(f"{table}_val.csv" for table in TABLES))
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_numbers_are_the_stages_to_the_last_digit(workplace, judge, capsys, imag
     assert set(judged) == {"model", "nms", "splits", "weights"}
     assert (judged["nms"], judged["weights"]) == (expected["nms"], expected["weights"])
     ours, theirs = judged["splits"]["val"], expected["splits"]["val"]
-    for key in ("images", "boxes", "metrics", "per_class", "detections"):
+    for key in ("images", "boxes", "metrics", "per_class", "per_class_by_size", "errors", "verified", "detections"):
         assert ours[key] == theirs[key]
     assert ours["images"] == 7
     assert ours["metrics"]["AR100"] > 0  # these weights say something

@@ -48,7 +48,7 @@ def test_inside_a_launcher_is_refused(monkeypatch):
 
 def test_missing_launcher_is_named(monkeypatch):
     monkeypatch.setattr(launch, "command", lambda *arguments: ["/nowhere/horovodrun"])
-    with pytest.raises(PipelineError, match=r"/nowhere/horovodrun: not found: train\.ranks 2 needs it"):
+    with pytest.raises(PipelineError, match=r"/nowhere/horovodrun: not found: ranks 2 needs it"):
         launch.launch("pipeline.train", 2, Local())
 
 

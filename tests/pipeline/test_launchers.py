@@ -105,7 +105,7 @@ def test_mpi_job(monkeypatch: pytest.MonkeyPatch) -> None:
     (container,) = worker["template"]["spec"]["containers"]
     assert "command" not in container  # the operator's: sshd
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    with pytest.raises(PipelineError, match=r"train\.ranks is 12, which is no multiple of .*gpus_per_worker 8"):
+    with pytest.raises(PipelineError, match=r"ranks is 12, which is no multiple of .*gpus_per_worker 8"):
         launchers.mpi_job("pipeline.train", 12, where)
 
 

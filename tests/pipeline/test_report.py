@@ -1,6 +1,7 @@
 """`python -m pipeline.report BASE`: real git and real DVC on a small pipeline that writes what the real one does."""
 
 import html
+import json
 import re
 import shutil
 from pathlib import Path
@@ -75,9 +76,14 @@ def test_parameters_only(repository: Repository) -> None:
     assert "| `evaluate.ap` | `0.4` | `0.45` |" in found["Parameters"]
     assert "| `evaluate.score` | `0.5` | `0.7` |" in found["Parameters"]
     assert "picture_score" not in found["Parameters"]
-    assert "| AP | 0.4000 | 0.4500 | ▲ +0.0500 |\n| AP50 | 0.7500 | 0.7500 | 0 |" in found["Metrics"]
-    assert "| APs | none | none |  |" in found["Metrics"]
-    winner, loser = "| `dog` | 0.5000 | 0.6500 | ▲ +0.1500 |", "| `cat` | 0.3000 | 0.2500 | ▼ -0.0500 |"
+    # The score rose and no other detection is of its class: whatever images are drawn, AP stays.
+    assert (
+        "| AP | 0.4000 | 0.4500 | ▲ +0.0500 | +0.0000 to +0.0000 |\n| AP50 | 0.7500 | 0.7500 | 0 |" in found["Metrics"]
+    )
+    assert "| APs | none | none |  | +0.0000 to +0.0000 |" in found["Metrics"]
+    assert "Intervals: 95% of the differences in 1,000 draws" in found["Metrics"]
+    winner = "| `dog` | 0.5000 | 0.6500 | ▲ +0.1500 |  |"  # without true boxes no interval
+    loser = "| `cat` | 0.3000 | 0.2500 | ▼ -0.0500 | +0.0000 to +0.0000 |"
     assert f"{winner}\n{loser}" in found["Classes"]
     assert "| AP is at least promote.min\\_ap | 0.45 | 0.1 | pass |" in found["Gate"]
     assert re.search(r"`shard` \| unchanged, did not run .*as a run produced it", found["Stages"])
@@ -90,8 +96,27 @@ def test_parameters_only(repository: Repository) -> None:
     assert page.count('src="data:image/jpeg;base64,') == 1
     assert page.count("<polyline") == 4
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # opens offline
-    for told in ("evaluate.score 0.5 0.7", "AP 0.4000 0.4500 ▲ +0.0500", "AP is at least promote.min_ap 0.45 0.1 pass"):
+    assert "Intervals" not in reported("HEAD")[0]
+    for told in (
+        "evaluate.score 0.5 0.7",
+        "AP 0.4000 0.4500 ▲ +0.0500 +0.0000 to",
+        "AP is at least promote.min_ap 0.45 0.1 pass",
+    ):
         assert told in words(page)
+
+
+def test_an_interval_that_is_known(repository: Repository) -> None:
+    """Of two images with a cat each, both models find the one of image 1, and the candidate that of image 2, too."""
+    before = [{"image_id": 1, "category_id": 1, "bbox": [2, 2, 9, 9], "score": 0.9}]
+    after = [*before, {"image_id": 2, "category_id": 1, "bbox": [2, 2, 9, 9], "score": 0.8}]
+    truth = json.loads((repository.path / "data/shards/ground_truth_val.json").read_text())
+    manifest = {"classes": [{"class_id": 0, "category_id": 1, "name": "cat"}]}
+    found = report._intervals(report.Results("val", before, after, truth, manifest))
+    assert found
+    low, high = found.per_class["cat"]
+    # Image 2 is not drawn at all in some: 0. Only image 2 is drawn in as many: 1 - 0.
+    assert (low, high) == (0.0, 1.0)
+    assert found.metrics["AP"] == (0.0, 1.0)
 
 
 def test_data_only(repository: Repository) -> None:
