@@ -424,7 +424,7 @@ def lead(before: Side, after: Side, verified: Verification) -> Iterator[Block]:
         words.append("There is no dvc.lock here that can be read; run dvc repro.")
     yield Paragraph(" ".join(words))
     if verified.cannot:
-        yield Paragraph(f"verify cannot verify dvc.lock: {verified.cannot}.", warning=True)
+        yield Paragraph(f"dvc.lock cannot be verified: {verified.cannot}.", warning=True)
     for warning in verified.warnings:
         yield Paragraph(f"verify: {warning}.", warning=True)
 

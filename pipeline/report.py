@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,14 @@ PARAMS = "params.yaml"
 TIMINGS = Path("data/timings")  # STAGE.json, where a stage leaves one
 SECONDS = ("seconds", "judging", "checking")  # keys in there that hold a time
 RESULTS = (str(LOCK), PARAMS, "metrics.json")  # which have sections of their own
+FORMAT = (
+    PipelineError,
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)  # what other files' content raises
 PICTURES = 10
 RESAMPLES, SEED, CONFIDENCE = 1000, 1, 0.95  # of the bootstrap
 
@@ -79,24 +87,42 @@ def document(repo: Repo, base: str, commit: str) -> Document:
     changed = [path for path in revision.changed_files(commit) if path not in RESULTS]
     pins = [path for path in changed if path.startswith("requirements/") and path.endswith(".txt")]
     verified = _verified(after.lock)
-    results, why = _results(before, after)
-    intervals = _intervals(results)
+    try:
+        results, why = _results(before, after)
+        intervals = _intervals(results)
+    except FORMAT as error:
+        results, why, intervals = None, [_unknown(error)], None
+    sections: dict[str, Callable[[], Iterable[Block]]] = {
+        "Parameters": lambda: comparison.parameters(before, after),
+        "Metrics": lambda: comparison.metrics(before, after, intervals),
+        "Classes": lambda: comparison.classes(before, after, intervals),
+        "Gate": lambda: comparison.gate(before, after),
+        "Stages": lambda: comparison.stages(before, after, verified, _seconds()),
+        "Data": lambda: comparison.data(before, after),
+        "Code": lambda: comparison.code(before, after, changed),
+        "Environment": lambda: comparison.environment(before, after, pins),
+        "Precision and recall": lambda: _curves(repo, before, after),
+        "Pictures that changed most": lambda: why or _pictures(repo, after, results),
+    }
     return Document(
         f"Review of this branch against {before.name}",
-        list(comparison.lead(before, after, verified)),
-        [
-            Section("Parameters", comparison.parameters(before, after)),
-            Section("Metrics", comparison.metrics(before, after, intervals)),
-            Section("Classes", comparison.classes(before, after, intervals)),
-            Section("Gate", comparison.gate(before, after)),
-            Section("Stages", comparison.stages(before, after, verified, _seconds())),
-            Section("Data", comparison.data(before, after)),
-            Section("Code", comparison.code(before, after, changed)),
-            Section("Environment", comparison.environment(before, after, pins)),
-            Section("Precision and recall", _curves(repo, before, after)),
-            Section("Pictures that changed most", why or list(_pictures(repo, after, results))),
-        ],
+        _told(lambda: comparison.lead(before, after, verified)),
+        [Section(title, _told(blocks)) for title, blocks in sections.items()],
     )
+
+
+def _told(blocks: Callable[[], Iterable[Block]]) -> list[Block]:
+    """The blocks, as far as they come: the files of a revision may be those of another version of the stages."""
+    told: list[Block] = []
+    try:
+        told.extend(blocks())
+    except FORMAT as error:
+        told.append(_unknown(error))
+    return told
+
+
+def _unknown(error: Exception) -> Block:
+    return Paragraph(f"A file of one side has another format than this version writes: {type(error).__name__} {error}.")
 
 
 def _verified(lock: Mapping[str, Entry]) -> Verification:

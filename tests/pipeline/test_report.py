@@ -202,6 +202,17 @@ def test_metrics_that_are_null(repository: Repository) -> None:
     assert "`cat`" not in text
 
 
+def test_files_of_another_version_are_said(repository: Repository) -> None:
+    repository.edit("make.py", '"gate_split"', '"the_gates_split"')
+    repository.edit("make.py", '"rules": [rule]', '"rules": [{}]')
+    change(repository)
+    found = sections(reported()[0].replace("\\", ""))
+    words = "A file of one side has another format than this version writes: KeyError"
+    assert all(words in found[title] for title in ("Classes", "Gate", "Precision and recall"))
+    assert words in found["Pictures that changed most"]
+    assert "The shards are the same." in found["Data"]
+
+
 def test_code_and_environment(repository: Repository) -> None:
     repository.edit("make.py", '"""Writes', '"""It writes')
     repository.edit("requirements/ml.txt", "numpy==1.0", "numpy==1.1")
@@ -222,8 +233,8 @@ def test_an_entry_that_no_run_produced_is_warned_of(repository: Repository) -> N
     change(repository, evaluate__ap=0.5)
     shutil.rmtree(repository.path / ".dvc/cache/runs")
     text, page = reported()
-    assert "> [!WARNING]\n> verify cannot verify dvc.lock: no run-cache here" in text
-    assert '<p class="warning">verify cannot verify dvc.lock' in page
+    assert "> [!WARNING]\n> dvc.lock cannot be verified: no run-cache here" in text
+    assert '<p class="warning">dvc.lock cannot be verified' in page
     repository.edit("params.yaml", '"ap": 0.5', '"ap": 0.6')
     assert "verify: evaluate: params.yaml: evaluate.ap: 0.6 here, and 0.5 in the entry." in words(reported()[1])
 
