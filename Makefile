@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-system lint check pins clean
+.PHONY: help setup demo report test test-fast test-system lint check pins clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -57,6 +57,11 @@ demo: setup ## the six stages on the embedded data set, from data to a judged mo
 	else \
 		echo "This hardware gave other results than metrics.json says. The figures that differ:"; dvc metrics diff HEAD; \
 	fi
+
+BASE ?= main
+export BASE
+report: setup ## what this branch changed against BASE=main, for a reviewer: data/reports/review/
+	python -m pipeline.report "$$BASE"
 
 test: setup ## the fast and the slow tests; no network needed
 	pytest -m "fast or slow"

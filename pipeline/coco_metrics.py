@@ -3,22 +3,26 @@
 pipeline.coco_reference holds them against pycocotools.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
 from effdet.boxes import yxyx_to_xywh
-from effdet.inference import Detections as InferenceDetections
-from effdet.inference import Found
 from pipeline.class_table import Class
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
+
+if TYPE_CHECKING:  # it imports TensorFlow, which nothing else here needs
+    from effdet.inference import Detections as InferenceDetections
+    from effdet.inference import Found
 
 # In the order of COCOeval.stats. s, m, l: objects under 32**2, up to 96**2, above, in square pixels; 1, 10, 100:
 # detections an image.

@@ -42,6 +42,11 @@ def changed_files(commit: str) -> list[str]:
     return sorted(filter(None, {*differ, *new}))
 
 
+def files_below(folder: str) -> list[str]:
+    """The files of a folder that git has and that are here, from the repository's root."""
+    return [name for name in _git("ls-files", "-z", "--", folder).split("\0") if name and Path(name).is_file()]
+
+
 def commits_of(path: str) -> Iterator[str]:
     """The commits, newest first and no merges among them, that changed a file. None outside of a repository."""
     try:

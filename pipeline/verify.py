@@ -19,7 +19,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from dvc.exceptions import DvcException
@@ -27,11 +27,15 @@ from dvc.output import Output
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_cache_hash
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.tree import Tree
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import revision
 from pipeline.errors import PipelineError, run
+from pipeline.files import checksum
+from pipeline.locked_data import LockedData, MissingError
 
 LOCK = Path("dvc.lock")
 SHOWN = 8  # digits of a hash, for a person
@@ -194,10 +198,11 @@ def _verify(lock: Mapping[str, Entry], repo: Repo) -> Verification:
     stages = {name: stage for name, stage in found.items() if Path(stage.path) == Path(repo.root_dir, "dvc.yaml")}
     records, between = Records(repo), disagreements(lock)
     tracked = {
-        out.def_path: out.hash_info.value
+        Path(out.fs_path).relative_to(repo.root_dir).as_posix(): out.hash_info.value
         for other in repo.index.stages
         if not isinstance(other, PipelineStage)
         for out in other.outs
+        if out.is_in_repo
     }
     verdicts = []
     for name, stage in stages.items():
@@ -303,13 +308,33 @@ def _against_files(
     made = {path for other in lock.values() for path in hashes(other.get("outs"))}
     in_git = {path: dep for path, dep in deps.items() if path in locked and path not in made | tracked.keys()}
     by_git = {path: out for path, out in outs.items() if path in locked_outs and not out.use_cache}
-    changed = [path for path, dep in in_git.items() if _content(dep) != locked[path]]
+    try:
+        folders = {path: _folder(path, tracked, stage.repo) for path in in_git}
+    except MissingError as error:
+        yield f"cannot be compared: {error}"
+        return
+    changed = [path for path, dep in in_git.items() if (folders[path] or _content(dep)) != locked[path]]
     changed += [path for path, out in by_git.items() if _content(out) != locked_outs[path]]  # they merge as text
     changed += [path for path, found in tracked.items() if path in locked and found != locked[path]]  # its .dvc file
     if changed:
         yield f"not what the entry says: {_few(changed)}; run `dvc repro`"
     for params in stage.params:
         yield from _other_params(params.def_path, entry.get("params", {}).get(params.def_path) or {}, params)
+
+
+def _folder(path: str, tracked: Mapping[str, str | None], repo: Repo) -> str | None:
+    """The hash of a folder of git's with data of .dvc files in it, which need not be here; None for any other."""
+    inside = {out: digest for out, digest in tracked.items() if out.startswith(f"{path}/")}
+    if not inside:
+        return None
+    data = LockedData(repo, {path: {"outs": [{"path": out, "md5": digest} for out, digest in inside.items()]}})
+    files = {name: checksum(Path(name), "md5").removeprefix("md5:") for name in revision.files_below(path)}
+    files |= {f"{out}/{name}".rstrip("/"): digest for out in inside for name, digest in data.files(out).items()}
+    tree = Tree()  # type: ignore[no-untyped-call]
+    for name, digest in files.items():
+        tree.add(PurePosixPath(name).relative_to(path).parts, None, HashInfo("md5", digest))
+    tree.digest()
+    return str(tree.hash_info.value)
 
 
 def _content(item: Output) -> str | None:

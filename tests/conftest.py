@@ -20,6 +20,8 @@ PACKAGES = {  # program -> Debian package, for the programs that tests need
     "mpicxx": "libopenmpi-dev",
     "mpirun": "openmpi-bin",
     "munged": "munge",
+    "node": "nodejs",
+    "npm": "npm",
     "psql": "postgresql",
     "sbatch": "slurm-client",
     "slurmctld": "slurmctld",

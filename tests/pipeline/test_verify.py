@@ -204,6 +204,26 @@ def test_a_file_that_dvc_tracks_is_held_against_its_dvc_file(repository: Reposit
     assert verify.verify().warnings == ["train: not what the entry says: champion; run `dvc repro`"]
 
 
+def test_a_folder_with_data_of_dvc_in_it_need_not_be_here(repository: Repository) -> None:
+    bundle = repository.path / "champion/bundle"
+    bundle.mkdir(parents=True)
+    (bundle / "a").write_text("one")
+    (repository.path / "champion/notes").write_text("in git")
+    (repository.path / "champion/detections").write_text("[]")
+    repository.run("dvc", "add", "--quiet", "champion/bundle", "champion/detections")
+    repository.edit("dvc.yaml", "deps: [data.txt, train.sh]", "deps: [champion, data.txt, train.sh]")
+    repository.run("dvc", "repro", "--quiet")
+    repository.commit("champion")
+    shutil.rmtree(bundle)
+    assert verify.verify().warnings == []
+    (repository.path / "champion/notes").write_text("changed")
+    assert verify.verify().warnings == ["train: not what the entry says: champion; run `dvc repro`"]
+    shutil.rmtree(repository.path / ".dvc/cache/files")
+    assert verify.verify().warnings == [
+        "train: cannot be compared: champion/bundle is not in the cache, and there is no default remote"
+    ]
+
+
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\na: 1\n=======\n", "- a\n", "stages: 3\n", "stages: {train: {}}\n"])
 def test_a_lock_that_is_none(text: str) -> None:
     with pytest.raises(PipelineError, match=r"(?s)^dvc\.lock: .*run `dvc repro`$"):
