@@ -33,6 +33,7 @@ from pipeline.work_trees import (
     check_out,
     check_space,
     dvc,
+    forget_failed,
     fresh_try,
     git,
     mirror,
@@ -73,6 +74,7 @@ class Result(Section):
 def run_stage(request: Run, stage_name: str, upstream: Sequence[Result], where: Local) -> Result:
     """Reproduces one stage from what upstream gave. PipelineError where it fails, or consumed anything else."""
     began = time.monotonic()
+    forget_failed(where)
     check_space(where)
     source = mirror(request.remote, where)
     with fresh_try(request.run, stage_name, where) as found:
@@ -109,9 +111,7 @@ def entries_of(stage: Stage, stages: Mapping[str, Stage], upstream: Sequence[Res
     given = {result.stage: result.entry for result in upstream}
     needed = set(producers(stage, stages).values())
     if missing := sorted(needed - given.keys()):
-        raise PipelineError(
-            f"{stage.name}: depends on {', '.join(missing)}, whose result was not given; see --upstream"
-        )
+        raise PipelineError(f"{stage.name}: depends on {', '.join(missing)}; its result was not given (--upstream)")
     return {name: given[name] for name in stages if name in needed}
 
 
@@ -227,13 +227,10 @@ def push(found: Try, stage: Stage, entry: Entry) -> None:
 
 def check_remote(found: Try, where: Local) -> None:
     """PipelineError where there is no DVC remote, before anything is run for it."""
-    if not where.retraining.remote:
-        try:
-            dvc(found, "config", "core.remote")
-        except PipelineError:
-            raise PipelineError(
-                "no DVC remote to hand data over: set retraining.remote in local.yaml, or a default one in .dvc/config"
-            ) from None
+    if not where.retraining.remote and not "".join(dvc(found, "config", "core.remote")).strip():
+        raise PipelineError(
+            "no DVC remote to hand data over: set retraining.remote in local.yaml, or a default one in .dvc/config"
+        )
 
 
 def read_request(path: Path) -> Run:

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -131,6 +132,24 @@ def mirror(remote: str, where: Local) -> Path:
     return path
 
 
+def branch_tip(source: Path, branch: str) -> str:
+    """The commit of a mirror's branch; empty where there is none of that name."""
+    try:
+        return git(
+            source, "rev-parse", "--verify", "--quiet", "--end-of-options", f"refs/heads/{branch}^{{commit}}"
+        ).strip()
+    except PipelineError:
+        return ""
+
+
+def default_branch(source: Path, remote: str) -> str:
+    """The branch that the remote's HEAD names; empty where it names none."""
+    head = re.search(
+        r"^ref: refs/heads/(\S+)\s", git(source, "ls-remote", "--symref", "--", remote, "HEAD"), re.MULTILINE
+    )
+    return head[1] if head else ""
+
+
 def check_out(source: Path, revision: str, tree: Path) -> None:
     """A clone that shares the mirror's objects and nothing else, at a revision."""
     git(source, "clone", "--quiet", "--shared", "--no-checkout", "--", str(source), str(tree))
@@ -142,15 +161,14 @@ def check_out(source: Path, revision: str, tree: Path) -> None:
 
 @contextlib.contextmanager
 def fresh_try(run: str, stage: str, where: Local) -> Iterator[Try]:
-    """A folder for a try, removed at its end; where it fails it stays, and older ones of failed tries go.
+    """A folder for a try, removed at its end; where it fails it stays.
 
     What older tries of the same stage of the same run left running on this machine is ended: the caller has given them
     up, and they would work on the same checkpoints.
     """
-    tries = work_dir(where) / "tries"
-    parent = tries / run / stage
+    parent = work_dir(where) / "tries" / run / stage
     with contextlib.ExitStack() as held:
-        with locked(tries / "lock"):
+        with tries_locked(where):
             parent.mkdir(parents=True, exist_ok=True)
             older = sorted(int(path.name) for path in parent.iterdir())
             for number in older:
@@ -158,10 +176,18 @@ def fresh_try(run: str, stage: str, where: Local) -> Iterator[Try]:
             folder = parent / str(max(older, default=0) + 1)
             folder.mkdir()
             held.enter_context(locked(folder / "lock"))
-            for path in forgotten(where):
-                remove_try(path)
         yield Try(folder)
         remove_try(folder)
+
+
+def tries_locked(where: Local) -> contextlib.AbstractContextManager[None]:
+    """While it is held no try begins on this machine."""
+    return locked(work_dir(where) / "tries" / "lock")
+
+
+def live_tries(where: Local) -> list[Path]:
+    """Folders of tries that run."""
+    return [path for path in (work_dir(where) / "tries").glob("*/*/*") if path.is_dir() and is_alive(path)]
 
 
 def failed_tries(where: Local) -> list[Path]:
@@ -173,6 +199,13 @@ def failed_tries(where: Local) -> list[Path]:
 def forgotten(where: Local) -> list[Path]:
     """Folders of failed tries beyond the newest `retraining.keep_failed`."""
     return failed_tries(where)[where.retraining.keep_failed :]
+
+
+def forget_failed(where: Local) -> None:
+    """Removes failed tries beyond the newest."""
+    with tries_locked(where):
+        for path in forgotten(where):
+            remove_try(path)
 
 
 def remove_try(folder: Path) -> None:
@@ -195,7 +228,7 @@ def end_processes(folder: Path) -> None:
     """Ends what a try started and its killed runner left behind: TERM, and KILL for what stays."""
     number, deadline = signal.SIGTERM, time.monotonic() + GRACE_SECONDS
     told: set[int] = set()
-    while processes := _processes_of(folder):
+    while processes := processes_of(folder):
         if time.monotonic() > deadline and number != signal.SIGKILL:
             number, told = signal.SIGKILL, set()
         for process in set(processes) - told:
@@ -205,7 +238,7 @@ def end_processes(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _processes_of(folder: Path) -> list[int]:
+def processes_of(folder: Path) -> list[int]:
     """Processes with the try in their environment, this one left out."""
     mark = f"{TRY_VARIABLE}={folder}".encode()
     found = []

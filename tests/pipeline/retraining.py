@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,16 @@ class Team:
     def push(self) -> None:
         self.person.run("git", "push", "--quiet", "origin", "HEAD:main")
 
+    def push_data(self) -> None:
+        """What the person has, to DVC's remote."""
+        self.person.run("dvc", "remote", "add", "--local", "--force", "--default", "store", str(self.folder / "store"))
+        self.person.run("dvc", "push", "--quiet")
+
+    def copy_of_store(self) -> str:
+        """A remote with the same in it, that a test may push to."""
+        shutil.copytree(self.folder / "store", self.folder / "other store")
+        return str(self.folder / "other store")
+
 
 def run_all(request: Run, *machines: Local) -> dict[str, Result]:
     """Each stage on the next machine in turn."""
@@ -59,6 +70,11 @@ def run_all(request: Run, *machines: Local) -> dict[str, Result]:
 def out(result: Result, path: str) -> str:
     """The hash of an output."""
     return {item["path"]: item["md5"] for item in result.entry["outs"]}[path]
+
+
+def consumed(result: Result) -> str:
+    """The hash of data.txt as `train` read it."""
+    return {item["path"]: item["md5"] for item in result.entry["deps"]}["data.txt"]
 
 
 def start(folder: Path, request: Run, stage: str, upstream: list[Result], where: Local) -> "subprocess.Popen[str]":
