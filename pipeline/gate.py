@@ -3,8 +3,9 @@
 A decision is "accepted", "rejected" (a figure was missed) or "refused" (the two cannot be compared: other ground
 truth, other classes, a figure that is missing). Only the first is a pass.
 
-champion.json is the decision.json under which the champion was accepted, or `{}` where there is none: so a model is
-promoted by copying one file, and its bundle comes out the same, byte for byte, while it is the champion.
+champion.json names the champion's version and commit and holds the decision under which it was accepted, or is `{}`
+where there is none; champion/ has its bundle, and the detections that it was judged by. `python -m pipeline.promote
+promote` writes both (pipeline.registry).
 """
 
 from pathlib import Path
@@ -55,19 +56,29 @@ class Decision(Section):
     rules: list[Rule]
 
 
+class Champion(Section):
+    """champion.json."""
+
+    version: str  # v0.2.0
+    revision: str  # the commit of its candidate, that the version's tag stands on
+    decision: Decision
+    detections: str  # sha256 of champion/detections.json
+    ground_truth: str  # sha256 of what these were judged on
+
+
 def read_champion(path: Path) -> Decision | None:
     """The decision that made the champion; None where there is no champion yet. PipelineError for anything else."""
     content = read_json(path, "champion")
     if content == {}:
         return None
     try:
-        champion = Decision.model_validate(content)
+        champion = Champion.model_validate(content).decision
     except ValidationError as error:
         details = error.errors()[0]
         where = ".".join(str(key) for key in details["loc"]) or "the file"
         raise PipelineError(
             f"{path}: {where}: {details['msg']}, got {details['input']!r:.80}; "
-            "it must be the decision.json of an accepted release, or {} for no champion"
+            "`python -m pipeline.promote promote` writes it; {} means no champion"
         ) from None
     if champion.decision != "accepted":
         raise PipelineError(

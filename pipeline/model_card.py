@@ -1,5 +1,6 @@
 """The model card of a release: what the model is, what it was made of, how good it is, how it is run. Markdown."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,40 @@ Boxes and scores are computed in float32 in all of them; float16 and int8 concer
 | `model.json`, `weights.safetensors` | configuration and weights, to train on from |
 | `classes.json` | class ids of the model, category ids of the annotations, names |
 | `decision.json` | the gate's decision, every rule with its figures |
-| `provenance.json` | hashes of what it was made of; versions and hardware of the training |
+| `provenance.json` | hashes of what it was made of; parameters, versions and hardware of the training |
+
+The commit that all of it comes from is that of the version's tag, `git show detector@VERSION`.
 
 ## Data
 
-| split | images | boxes | images without objects |
-| --- | ---: | ---: | ---: |
+| split | images | boxes | images without objects | left out |
+| --- | ---: | ---: | ---: | --- |
 {% for name, split in data.items() %}
-| {{ name }} | {{ split.images }} | {{ split.boxes }} | {{ split.empty_images }} |
+| {{ name }} | {{ split.images }} | {{ split.boxes }} | {{ split.empty_images }} | {{ left_out(split.left_out) }} |
+{% endfor %}
+
+The data's version, as it stands in dvc.lock: `data/shards` `{{ made_of.dvc_lock["data/shards"] }}`.
+{% for name, facts in made_of.data.items() %}
+{% for fact, value in facts.items() %}
+{{ name | capitalize }} {{ fact | replace("_", " ") }}: `{{ value }}`.
+{% endfor %}
 {% endfor %}
 
 ## Training
 
 {{ "Averaged (EMA)" if weights.kind == "ema" else "Raw" }} weights of epoch {{ weights.epoch }}
 (step {{ weights.step }}), selected by {{ weights.selected_by }}.
+Training began with {{ made_of.training.begins_with or "random weights" }}; its precision, versions of libraries and
+hardware stand in `provenance.json`:
+{%- for rank in made_of.training.ranks %} {{ rank.cpus }} CPUs {{ rank.cpu }}
+{%- if rank.gpus %} with {{ rank.gpus | join(", ") }}{% endif %}{{ ";" if not loop.last else "." }}
+{%- endfor +%}
+
+| parameter | value |
+| --- | --- |
+{% for name, value in parameters %}
+| {{ name }} | {{ cell(value) }} |
+{% endfor %}
 
 ## Metrics
 
@@ -132,6 +153,31 @@ Post-processing: {{ nms.method }} non-maximum suppression by class,
 {{ nms.score_threshold }}.
 These settings favour recall: set your own score threshold on top.
 
+## Limits
+
+- It knows the {{ classes | length }} classes above. What is none of them is left out, or taken for one of them.
+- The figures hold for pictures like the {{ data[gate_split].images }} of {{ gate_split }}, at
+  {{ config.image_size[0] }} x {{ config.image_size[1] }} pixels. Other cameras, light, places or sizes of objects were
+  not measured: judge it on pictures of your own first.
+{% if judged[gate_split].metrics.APs is none %}
+- {{ gate_split | capitalize }} has no objects under 32 x 32 pixels: how it finds those was not measured.
+{% else %}
+- Objects under 32 x 32 pixels: AP {{ figure(judged[gate_split].metrics.APs) }}, against
+  {{ figure(judged[gate_split].metrics.AP) }} over all.
+{% endif %}
+{% if "test" not in judged %}
+- There was no test split: the figures are of the pictures by which the weights were chosen, and so rather high.
+{% endif %}
+- A score orders detections; it is no probability.
+- It was not made or measured for decisions on the safety or the rights of people, nor for telling people apart.
+
+## Licences
+
+| | |
+| --- | --- |
+| data | {{ cell(made_of.licences.data or not_stated) }} |
+| weights that training began with | {{ cell(made_of.licences.initial_weights or not_stated) }} |
+
 ## Gate
 
 **{{ decision.decision | capitalize }}**, on {{ gate_split }}, which was {{ judged[gate_split].used_for }}.
@@ -150,8 +196,12 @@ def model_card(
     evaluation: Mapping[str, Any],
     decision: Decision,
     exports: Mapping[Path, Comparison | AveragePrecision],
+    made_of: Mapping[str, Any],
 ) -> str:
-    """The card. `evaluation` is evaluate's metrics.json, `manifest` the shards', `exports` the files to serve."""
+    """The card. `evaluation` is evaluate's metrics.json, `manifest` the shards', `exports` the files to serve.
+
+    `made_of`: the release's provenance.
+    """
     environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
@@ -169,6 +219,10 @@ def model_card(
         decision=decision,
         figure=lambda value: "none" if value is None else f"{value:.3f}",
         cell=lambda text: text.replace("|", "\\|"),
+        left_out=_left_out,
+        made_of=made_of,
+        parameters=_flat(made_of["parameters"]),
+        not_stated="not stated: ask whoever trained it before you pass it on",
         exports=exports,
         files=[path.name for path in exports],
         megabytes=_megabytes,
@@ -180,6 +234,19 @@ def model_card(
         if stored.apply_exif
         else 'Image.open("picture.jpg")',
     )
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count) or "none"
+
+
+def _flat(parameters: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Names as params.yaml has them, with dots, and values as JSON."""
+    rows = []
+    for name, value in parameters.items():
+        nested = isinstance(value, Mapping)
+        rows += _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", json.dumps(value))]
+    return rows
 
 
 def _megabytes(path: Path) -> str:

@@ -247,12 +247,20 @@ class Evaluate(Section):
     picture_score: Fraction  # detections drawn from this score on
 
 
+class Licences(Section):
+    """What a release owes to others, in words for the model card; null where nobody stated it."""
+
+    data: str | None
+    initial_weights: str | None
+
+
 class Promote(Section):
     """The gate, and what goes out."""
 
     min_ap: Fraction  # where there is no champion
     min_gain: float  # AP over the champion's
     formats: Annotated[tuple[Format, ...], Field(min_length=1)]  # that the model goes out in
+    licences: Licences
 
     @model_validator(mode="before")
     @classmethod

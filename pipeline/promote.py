@@ -2,9 +2,9 @@
 
 A candidate that the gate turns down is a result, not a fault: the stage ends well, and decision.json, the model card
 and metrics.json say "rejected" or "refused" with every rule and its figures, so that a reviewer sees them and `dvc exp`
-can compare them. Only a release whose decision is "accepted" may be promoted: its decision.json, copied to
-champion.json, makes it the champion. Input that cannot be understood, and an export that does not detect what the
-evaluated model does, are faults.
+can compare them. Only a release whose decision is "accepted" may be promoted: `python -m pipeline.promote promote`
+makes it the champion (pipeline.registry, docs/promotion.md). Input that cannot be understood, and an export that does
+not detect what the evaluated model does, are faults.
 
 data/release/
   saved_model/, model.onnx, model_*.tflite   for serving: the formats of promote.formats, see effdet.export
@@ -15,8 +15,10 @@ metrics.json                                 in git: what a reviewer compares
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,12 @@ from pipeline.files import checksum, read_json, write_json, written_whole
 from pipeline.gate import Decision, Judged, decide, is_champion, read_champion
 from pipeline.model_card import model_card
 from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel, read_model, require_same_pictures
-from pipeline.params import Format
+from pipeline.params import Format, Params
 from pipeline.shard_files import MANIFEST, all_images, ground_truth_path, shard_paths, spread_images
 
 CHAMPION = Path("champion.json")
+CHAMPION_BUNDLE = Path("champion/bundle")
+SHARDS = Path("data/shards")
 MODEL = Path("data/model")
 EVALUATION = Path("data/eval")
 LOCK = Path("requirements/ml.txt")  # the environment that exports
@@ -101,11 +105,39 @@ def write_exports(
     return outcomes
 
 
-def provenance(judged: Mapping[str, Any]) -> dict[str, Any]:
-    """What the release was made of. No time, host or path of this machine: the same inputs give the same file."""
-    inputs = [MANIFEST, MODEL / MODEL_FILE, MODEL / WEIGHTS_FILE, EVALUATION / "metrics.json", LOCK]
+def training_parameters(settings: Params) -> dict[str, Any]:
+    """What the model was trained with. The path of the first weights is left out: their content is in provenance."""
+    train = settings.train.model_dump(mode="json", exclude={"init_from", "init_checksum"})
+    return {"model": settings.model.model_dump(mode="json"), "train": train}
+
+
+def dvc_md5(folder: Path) -> str:
+    """The hash of a folder's content as it stands in dvc.lock."""
+    files = sorted(
+        (path.relative_to(folder) for path in folder.rglob("*") if path.is_file()), key=lambda path: path.parts
+    )
+    entries = [
+        {"md5": checksum(folder / path, "md5").removeprefix("md5:"), "relpath": path.as_posix()} for path in files
+    ]
+    content = json.dumps(entries, sort_keys=True).encode()
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() + ".dir"
+
+
+def provenance(judged: Mapping[str, Any], settings: Params) -> dict[str, Any]:
+    """What the release was made of. No time, host or path of this machine: the same inputs give the same file.
+
+    The commit cannot be in it, which is made of it later, nor may dvc.lock: its entries change with code that changes
+    no input of this stage, and then the bundle would tell of another run than the one that made it. `dvc_lock` is
+    computed from what the stage reads; the tag of a version, on its commit, has the hashes of all the stages.
+    """
+    inputs = [MANIFEST, MODEL / MODEL_FILE, MODEL / WEIGHTS_FILE, EVALUATION / "metrics.json"]
     inputs += [EVALUATION / f"detections_{split}.json" for split in judged["splits"]]
     return {
+        "commit": "that of the version's tag; champion.json names it, too",
+        "dvc_lock": {str(path): dvc_md5(path) for path in (SHARDS, MODEL, EVALUATION)},
+        "environment": {str(LOCK): checksum(LOCK, "sha256")},
+        "parameters": training_parameters(settings),
+        "licences": settings.promote.licences.model_dump(mode="json"),
         "inputs": {str(path): checksum(path, "sha256") for path in inputs},
         "data": read_json(MANIFEST, "manifest of the shards")["source"],
         "post_processing": judged["nms"],
@@ -119,17 +151,18 @@ def write_release(
     manifest: Mapping[str, Any],
     judged: Mapping[str, Any],
     decision: Decision,
-    formats: Sequence[Format],
+    settings: Params,
 ) -> None:
     """The bundle, with each export checked before anything is said of it."""
-    outcomes = write_exports(folder, stored, manifest, judged, formats)
+    outcomes = write_exports(folder, stored, manifest, judged, settings.promote.formats)
+    made_of = provenance(judged, settings)
     for name in (MODEL_FILE, WEIGHTS_FILE):
         shutil.copyfile(MODEL / name, folder / name)
     write_json(folder / "classes.json", [row.model_dump() for row in stored.classes])
     write_json(folder / "decision.json", decision.model_dump(mode="json"))
-    write_json(folder / "provenance.json", provenance(judged))
+    write_json(folder / "provenance.json", made_of)
     card = model_card(
-        stored, manifest, judged, decision, {folder / name: outcome for name, outcome in outcomes.items()}
+        stored, manifest, judged, decision, {folder / name: outcome for name, outcome in outcomes.items()}, made_of
     )
     (folder / "model_card.md").write_text(card, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -160,7 +193,7 @@ def _rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
 def main() -> None:
     """Reads the candidate and the champion; writes data/release and metrics.json, whole or not at all."""
     prepare_device()
-    limits = params.load().promote
+    settings = params.load()
     champion = read_champion(CHAMPION)
     manifest = read_json(MANIFEST, "manifest of the shards")
     judged = read_json(EVALUATION / "metrics.json", "evaluation")
@@ -173,12 +206,18 @@ def main() -> None:
             f"{stored.weights.sha256}; run `dvc repro`"
         )
     candidate = candidate_of(stored, judged)
-    decision = decide(candidate, champion, limits)
+    decision = decide(candidate, champion, settings.promote)
+    same = is_champion(candidate, champion)
+    if same and not CHAMPION_BUNDLE.is_dir():
+        raise PipelineError(f"{CHAMPION_BUNDLE}: the champion's bundle is not here; run `dvc pull {CHAMPION_BUNDLE}`")
     with written_whole(OUT) as folder:
-        folder.mkdir()
-        write_release(folder, stored, manifest, judged, decision, limits.formats)
+        if same:
+            shutil.copytree(CHAMPION_BUNDLE, folder)
+        else:
+            folder.mkdir()
+            write_release(folder, stored, manifest, judged, decision, settings)
     write_json(METRICS, summary(stored, judged, decision))
-    if is_champion(candidate, champion):
+    if same:
         print("the candidate is the champion: the release is the champion's")
     else:
         print(f"candidate {decision.decision}")
@@ -190,4 +229,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    # Commands, as `promote`, `rollback` and `history`, change git. They are loaded by name: the stage, which is run
+    # without a word, does not depend on their code.
+    run(importlib.import_module("pipeline.registry").main if sys.argv[1:] else main)

@@ -26,7 +26,11 @@ SIDE = 128  # pixels of the input
 # Where scores are as near to each other as random weights' are, an overlap that counts would turn a rounding into
 # other detections.
 STEADY_NMS = {"method": "hard", "iou_threshold": 0.8, "score_threshold": 0.25, "max_detections": 400}
-PROVENANCE = {"versions": {"python": "3"}}
+PROVENANCE = {
+    "versions": {"python": "3"},
+    "begins_with": None,
+    "ranks": [{"cpu": "Made Up", "cpus": 2, "gpus": ["H200"]}],
+}
 
 
 def picture(rng, kind="JPEG", orientation=1):

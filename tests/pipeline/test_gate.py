@@ -10,7 +10,15 @@ from pipeline.gate import Decision, Judged, decide, is_champion, read_champion
 from pipeline.params import Promote
 
 CLASSES = [Class(class_id=0, category_id=1, name="cat"), Class(class_id=1, category_id=2, name="dog")]
-LIMITS = Promote(min_ap=0.3, min_gain=0.01, formats=("saved_model",))
+FIELDS = {"version": "v0.1.0", "revision": "0" * 40, "detections": "sha256:d", "ground_truth": "sha256:truth"}
+
+
+def limits(min_ap, min_gain):
+    licences = {"data": None, "initial_weights": None}
+    return Promote(min_ap=min_ap, min_gain=min_gain, formats=("saved_model",), licences=licences)
+
+
+LIMITS = limits(min_ap=0.3, min_gain=0.01)
 
 
 def judged(ap=0.4, detector="sha256:a", **changes):
@@ -21,6 +29,11 @@ def judged(ap=0.4, detector="sha256:a", **changes):
 @pytest.fixture
 def champion():
     return decide(judged(0.4), None, LIMITS)
+
+
+def champion_file(made, /, **changes):
+    """champion.json's text, with other words in its decision."""
+    return json.dumps({**FIELDS, "decision": {**made.model_dump(mode="json"), **changes}})
 
 
 def failed(decision):
@@ -47,7 +60,7 @@ def test_gain_over_the_champion(champion, ap, outcome):
 
 
 def test_champion_below_the_floor_counts_alone():
-    low = decide(judged(0.1), None, Promote(min_ap=0.0, min_gain=0.0, formats=("saved_model",)))
+    low = decide(judged(0.1), None, limits(min_ap=0.0, min_gain=0.0))
     assert decide(judged(0.2, "sha256:b"), low, LIMITS).decision == "accepted"
 
 
@@ -73,10 +86,7 @@ def test_other_classes_are_refused_and_named(champion):
 
 @pytest.mark.parametrize("metrics", [{}, {"AP": None}])
 def test_missing_metric_is_refused(champion, metrics):
-    assert (
-        decide(judged(metrics=metrics), None, Promote(min_ap=0.0, min_gain=0.0, formats=("saved_model",))).decision
-        == "refused"
-    )
+    assert decide(judged(metrics=metrics), None, limits(min_ap=0.0, min_gain=0.0)).decision == "refused"
     bare = champion.model_copy(update={"candidate": judged(metrics=metrics)})
     decision = decide(judged(0.9, "sha256:b"), bare, LIMITS)
     assert decision.decision == "refused"
@@ -87,7 +97,7 @@ def test_champion_itself_keeps_its_decision(champion):
     again = judged(0.4)
     assert is_champion(again, champion)
     # neither higher limits nor min_gain, which no model reaches over itself, touch it
-    assert decide(again, champion, Promote(min_ap=0.99, min_gain=0.5, formats=("saved_model",))) == champion
+    assert decide(again, champion, limits(min_ap=0.99, min_gain=0.5)) == champion
 
 
 def test_champions_model_on_other_ground_truth_is_refused(champion):
@@ -100,13 +110,13 @@ def test_champion_file(tmp_path, champion):
     path = tmp_path / "champion.json"
     path.write_text("{}\n")
     assert read_champion(path) is None
-    path.write_text(champion.model_dump_json())
+    path.write_text(champion_file(champion))
     assert read_champion(path) == champion
 
 
 def test_rejected_candidate_is_no_champion(tmp_path):
     path = tmp_path / "champion.json"
-    path.write_text(decide(judged(0.1), None, LIMITS).model_dump_json())
+    path.write_text(champion_file(decide(judged(0.1), None, LIMITS)))
     with pytest.raises(PipelineError, match=r"champion\.json: holds a candidate that was rejected"):
         read_champion(path)
 
@@ -114,15 +124,22 @@ def test_rejected_candidate_is_no_champion(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"decision": "perhaps"}, "decision: .*'perhaps'"),
-        ({"extra": 1}, "extra: "),
-        ({"candidate": {"detector": "sha256:a"}}, "candidate.split: Field required"),
+        ({"decision": "perhaps"}, "decision.decision: .*'perhaps'"),
+        ({"extra": 1}, "decision.extra: "),
+        ({"candidate": {"detector": "sha256:a"}}, "decision.candidate.split: Field required"),
     ],
 )
 def test_champion_file_that_cannot_be_read(tmp_path, champion, change, words):
     path = tmp_path / "champion.json"
-    path.write_text(json.dumps({**champion.model_dump(mode="json"), **change}))
+    path.write_text(champion_file(champion, **change))
     with pytest.raises(PipelineError, match=words):
+        read_champion(path)
+
+
+def test_champion_file_without_a_version(tmp_path, champion):
+    path = tmp_path / "champion.json"
+    path.write_text(champion.model_dump_json())  # a decision alone
+    with pytest.raises(PipelineError, match=r"version: Field required.* promote` writes it"):
         read_champion(path)
 
 

@@ -1,0 +1,422 @@
+"""Versions of the model and the stages they are in, as git tags (GTO): `python -m pipeline.promote COMMAND`.
+
+A version is a release bundle that the gate accepted: `detector@v0.2.0` stands on the commit whose dvc.lock names the
+bundle, and the same bundle under another commit is the same version. `detector#prod#3` puts a version in a stage; the
+newest such tag says what production is, also for `dvc artifacts get`. The name is fixed, not the model's: champions
+follow each other in one line when the network changes. Who, when and why stand in the tags.
+
+The version in prod is the champion, against which the promote stage holds the next candidate. champion.json and
+champion/ say so in git, and change in one commit with it. Every command can be given again: what is done is said to be
+done, and stays.
+
+pipeline.promote loads this by name, so that none of it is a dependency of the stage.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import gto.api
+from gto.exceptions import GTOException
+from gto.registry import GitRegistry
+from ruamel.yaml import YAML
+
+from pipeline.errors import PipelineError
+from pipeline.files import checksum, read_json, write_json, written_whole
+from pipeline.history_page import Assignment, Judged, Version, day, page, table
+
+ARTIFACT = "detector"  # in dvc.yaml's artifacts
+FIRST = "v0.1.0"
+PROD = "prod"  # the stage whose version is the champion
+MOST_AHEAD = 5  # seconds that another machine's clock may be
+BRANCH_OR_NOTHING = ("git", "symbolic-ref", "--quiet", "--short", "HEAD")
+
+CHAMPION = Path("champion.json")
+CHAMPION_FOLDER = Path("champion")
+RELEASE = "data/release"
+DATA = "data/shards"
+CHANGED = (str(CHAMPION), str(CHAMPION_FOLDER), "dvc.lock", "metrics.json")  # by a promotion
+
+
+# What git and GTO know
+
+
+def versions() -> list[Version]:
+    """The registered versions, oldest first."""
+    with _gto_errors(), GitRegistry.from_url(".") as registry:
+        artifact = registry.find_artifact(ARTIFACT, create_new=True)
+        found = artifact.get_versions(active_only=True, include_non_explicit=False)
+    made = [
+        Version(version.version, version.commit_hexsha, version.created_at, version.author, version.message.strip())
+        for version in found
+    ]
+    return sorted(made, key=lambda version: version.number)
+
+
+def assignments(stage: str | None = None) -> list[Assignment]:
+    """Which version came into a stage (or any) when, oldest first."""
+    with _gto_errors():
+        events = gto.api.history(".", ARTIFACT)
+    made = [
+        Assignment(
+            event["stage"],
+            event["version"],
+            event["timestamp"],
+            event["author"],
+            event["message"].strip(),
+            event["ref"],
+        )
+        for event in events
+        if event["event"] == "assignment" and stage in (None, event["stage"])
+    ]
+    return sorted(made, key=lambda assignment: (assignment.date, assignment.number))
+
+
+def standing(stage: str) -> str | None:
+    """The version that is in a stage: its newest tag says, as for `dvc artifacts get`.
+
+    GTO's own find_versions_in_stage takes the highest version that ever stood there, also after a rollback.
+    """
+    made = assignments(stage)
+    return made[-1].version if made else None
+
+
+def version_named(name: str) -> Version:
+    """PipelineError where none has this name."""
+    known = {version.name: version for version in versions()}
+    if name not in known:
+        listed = ", ".join(known) or "none"
+        raise PipelineError(
+            f"{name}: no version of {ARTIFACT}; registered here: {listed} (`git fetch --tags` for more)"
+        )
+    return known[name]
+
+
+def locked_outs(lock: str) -> dict[str, dict[str, str]]:
+    """dvc.lock's text -> stage -> path -> hash of each output."""
+    stages = YAML(typ="safe", pure=True).load(lock)["stages"]
+    return {name: {out["path"]: out.get("md5", "") for out in stage.get("outs", [])} for name, stage in stages.items()}
+
+
+def outs_at(commit: str) -> dict[str, dict[str, str]]:
+    """The same of a commit; PipelineError where it has no dvc.lock."""
+    return locked_outs(_run("git", "show", f"{commit}:dvc.lock"))
+
+
+def release_of(outs: Mapping[str, Mapping[str, str]], where: str) -> str:
+    """The hash of the bundle."""
+    for stage in outs.values():
+        if RELEASE in stage:
+            return stage[RELEASE]
+    raise PipelineError(f"dvc.lock of {where}: no {RELEASE}; run `dvc repro` and commit dvc.lock")
+
+
+def judged_at(commit: str) -> Judged:
+    """What metrics.json of a commit says on the candidate."""
+    try:
+        metrics = json.loads(_run("git", "show", f"{commit}:metrics.json"))
+        split = metrics["gate"]["split"]
+        decision, figures = metrics["gate"]["decision"], metrics[split.split()[0]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise PipelineError(f"metrics.json of {commit[:10]}: is not what the promote stage writes") from None
+    data = next((outs[DATA] for outs in outs_at(commit).values() if DATA in outs), "")
+    return Judged(decision, split, figures, data)
+
+
+def champion_version() -> str | None:
+    """The version that champion.json names."""
+    content = read_json(CHAMPION, "champion")
+    if content == {}:
+        return None
+    try:
+        return f"{content['version']} ({content['revision']})"
+    except (KeyError, TypeError):
+        raise PipelineError(
+            f"{CHAMPION}: names no version and revision; write {{}} into it, for no champion, and commit; "
+            f"`python -m pipeline.promote assign VERSION {PROD}` makes one"
+        ) from None
+
+
+# Commands
+
+
+def register(why: str) -> Version:
+    """The version of HEAD's bundle, new where the bundle is. PipelineError unless the gate accepted what HEAD holds."""
+    commit = _candidate()
+    outs = outs_at(commit)
+    known = _version_of(release_of(outs, commit))
+    if known:
+        print(f"{known.name} is registered: the bundle of {commit[:10]} is that of {known.commit[:10]}")
+        return known
+    name = {"bump_minor": True} if versions() else {"version": FIRST}
+    with _gto_errors(), GitRegistry.from_url(".") as registry:
+        message = _registration(commit, outs, why)
+        made = registry.register(ARTIFACT, commit, message=message, simple=True, **name)
+    print(f"registered {made.version}: tag {made.tag} on {commit[:10]}")
+    return version_named(made.version)
+
+
+def assign(version: Version, stage: str, why: str, *, judge_anew: bool = False) -> None:
+    """Puts a version in a stage. In prod it becomes the champion first, in a commit of its own.
+
+    `judge_anew`: the promote stage runs before that commit, so that the commit holds what `dvc repro` makes of it. Only
+    where HEAD's candidate is that version: its bundle must come out as it was.
+    """
+    if stage == PROD:
+        _crown(version, judge_anew)
+    before = standing(stage)
+    if before == version.name:
+        print(f"{version.name} is in {stage}")
+        return
+    _wait_for_a_new_second()
+    judged = judged_at(version.commit)
+    message = f"{why or f'{version.name} into {stage}'}\n\nafter {before or 'none'}; {judged.words()}"
+    with _gto_errors(), GitRegistry.from_url(".") as registry:
+        # A version that was there before and comes back gets a tag of its own.
+        made = registry.assign(ARTIFACT, stage, version=version.name, message=message, simple=False, force=True)
+    print(f"{version.name} is in {stage}: tag {made.tag}" + (f", after {before}" if before else ""))
+
+
+def promote(why: str) -> None:
+    """HEAD's candidate, which the gate accepted, becomes a version, the champion, and production."""
+    commit = _clean_head()
+    known = _version_of(release_of(outs_at(commit), commit))
+    if known and standing(PROD) == known.name and champion_version() == _named(known):
+        print(f"{known.name} is in {PROD}, and the champion: nothing to do")
+        return
+    assign(register(why), PROD, why, judge_anew=True)
+
+
+def roll_back(stage: str, why: str) -> None:
+    """The version that stood in a stage before the newest; done once, it is done."""
+    order = [made for made in assignments(stage) if made.version in {version.name for version in versions()}]
+    turns = [made for place, made in enumerate(order) if place == 0 or made.version != order[place - 1].version]
+    if len(turns) < 2:
+        stood = f"only {turns[0].version} stood there" if turns else "no version stood there"
+        raise PipelineError(f"{stage}: nothing to roll back to, {stood}; see `python -m pipeline.promote history`")
+    last, before = turns[-1], turns[-2]
+    if version_named(last.version).number < version_named(before.version).number:
+        print(f"{stage} was rolled back from {before.version} to {last.version} by {last.author} on {last.day}")
+        print(f"for another one: python -m pipeline.promote assign VERSION {stage}")
+        assign(version_named(last.version), stage, why)  # what a rollback that broke off left undone
+        return
+    assign(version_named(before.version), stage, why or f"roll back from {last.version}")
+    if stage == PROD:
+        print("HEAD's candidate was held against the former champion: `dvc repro` holds it against this one")
+
+
+def check() -> None:
+    """PipelineError unless champion.json names what the tags have in prod."""
+    name, champion = standing(PROD), champion_version()
+    tagged = _named(version_named(name)) if name else None
+    if tagged != champion:
+        raise PipelineError(
+            f"{CHAMPION}: the champion is {champion or 'none'}, and the tags have {tagged or 'none'} in {PROD}; "
+            f"`git fetch --tags`, or `python -m pipeline.promote assign VERSION {PROD}` with the right one"
+        )
+    print(f"{champion or 'no version'} is in {PROD} and the champion" if champion else f"no champion, none in {PROD}")
+
+
+def history(html: Path | None) -> None:
+    """The versions and who put them where, printed; as a page with AP over versions, too."""
+    known = versions()
+    judged = {version.name: judged_at(version.commit) for version in known}
+    made = assignments()
+    now = {stage: name for stage in sorted({one.stage for one in made}) if (name := standing(stage))}
+    print(table(known, judged, now, made))
+    if html:
+        with written_whole(html) as part:
+            part.write_text(page(ARTIFACT, known, judged, now, made), encoding="utf-8")
+        print(f"wrote {html}")
+
+
+def push(remote: str) -> None:
+    """Data first, then branch and tags at once: whoever sees the tag gets the model."""
+    branch = _branch()
+    _show("dvc", "push")
+    tags = [f"refs/tags/{ARTIFACT}{mark}*:refs/tags/{ARTIFACT}{mark}*" for mark in "@#"]
+    _run("git", "push", "--quiet", "--atomic", remote, f"HEAD:refs/heads/{branch}", *tags)
+    print(f"pushed the data, {branch} and the tags of {ARTIFACT} to {remote}")
+
+
+# How they do it
+
+
+def _wait_for_a_new_second() -> None:
+    """Tags tell seconds, and the newest counts."""
+    newest = max((made.date for made in assignments()), default=None)
+    while newest and (ahead := (newest - datetime.datetime.now(datetime.UTC)).total_seconds()) > -1:
+        if ahead > MOST_AHEAD:
+            raise PipelineError(
+                f"the newest tag is of {day(newest)} UTC, which this machine's clock has yet to reach: a new one would "
+                "not be the newest; set the clock"
+            )
+        time.sleep(0.1)
+
+
+def _candidate() -> str:
+    """HEAD, where it holds what a run produced and the gate accepted."""
+    commit = _clean_head()
+    status = json.loads(_run("dvc", "status", "--json"))
+    if status:
+        raise PipelineError(
+            f"not what {commit[:10]} says: {', '.join(sorted(status))}; `dvc pull` what is missing, `dvc repro` what "
+            "changed, and commit"
+        )
+    decision = judged_at(commit).decision
+    if decision != "accepted":
+        raise PipelineError(f"metrics.json of {commit[:10]}: the gate's decision is {decision}; only accepted goes on")
+    return commit
+
+
+def _clean_head() -> str:
+    changed = _run("git", "status", "--porcelain").splitlines()
+    if changed:
+        raise PipelineError(f"not committed: {', '.join(line[3:] for line in changed)}; commit or remove it first")
+    return _run("git", "rev-parse", "HEAD").strip()
+
+
+def _branch() -> str:
+    try:
+        return _run(*BRANCH_OR_NOTHING).strip()
+    except PipelineError:
+        raise PipelineError("HEAD is on no branch, and a new champion is a commit; `git switch` to one") from None
+
+
+def _version_of(release: str) -> Version | None:
+    return next((one for one in versions() if release_of(outs_at(one.commit), one.name) == release), None)
+
+
+def _named(version: Version) -> str:
+    return f"{version.name} ({version.commit})"
+
+
+def _registration(commit: str, outs: Mapping[str, Mapping[str, str]], why: str) -> str:
+    """The tag's message: why, how good, and the hashes of all that dvc.lock says was made on the way."""
+    lines = [f"  {stage} {path} {hash_}" for stage, paths in outs.items() for path, hash_ in paths.items()]
+    environment = hashlib.sha256(_run("git", "show", f"{commit}:requirements/ml.txt").encode()).hexdigest()
+    head = why or f"Candidate of {commit[:10]}"
+    return "\n".join(
+        [head, "", judged_at(commit).words(), "dvc.lock", *lines, f"requirements/ml.txt sha256:{environment}"]
+    )
+
+
+def _crown(version: Version, judge_anew: bool) -> None:
+    """champion.json and champion/ in a commit, or nothing."""
+    if champion_version() == _named(version):
+        return
+    _clean_head()
+    _branch()
+    try:
+        _write_champion(version)
+        if judge_anew:
+            _show("dvc", "repro", "--single-item", "promote")
+            if release_of(locked_outs(Path("dvc.lock").read_text()), "this folder") != release_of(
+                outs_at(version.commit), version.name
+            ):
+                raise PipelineError(f"{RELEASE}: came out otherwise than {version.name}, now that it is the champion")
+        _run("git", "add", "--all", "--", *CHANGED)
+        _run("git", "commit", "--quiet", "--message", f"Make {version.name} the champion")
+    except BaseException:
+        _run("git", "reset", "--quiet", "--hard")  # the tree was clean
+        _run("git", "clean", "--quiet", "--force", "-d", "-x", "--", str(CHAMPION_FOLDER))
+        subprocess.run(
+            ["dvc", "checkout", "--quiet", "--force", str(CHAMPION_FOLDER), RELEASE], capture_output=True, check=False
+        )
+        raise
+    print(f"{version.name} is the champion: commit {_run('git', 'rev-parse', 'HEAD')[:10]}")
+
+
+def _write_champion(version: Version) -> None:
+    """The bundle and the detections of a version, from the cache or the DVC remote, and what stands in git on them."""
+    split = judged_at(version.commit).split.split()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle, detections = Path(scratch) / "bundle", Path(scratch) / "detections.json"
+        _run("dvc", "get", ".", RELEASE, "--rev", version.commit, "--out", str(bundle))
+        source = f"data/eval/detections_{split}.json"
+        _run("dvc", "get", ".", source, "--rev", version.commit, "--out", str(detections))
+        decision = read_json(bundle / "decision.json", "decision")
+        for path in (bundle, detections):
+            target = CHAMPION_FOLDER / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            target.unlink(missing_ok=True)
+            shutil.move(path, target)
+    _run("dvc", "add", "--quiet", str(CHAMPION_FOLDER / "bundle"), str(CHAMPION_FOLDER / "detections.json"))
+    write_json(
+        CHAMPION,
+        {
+            "version": version.name,
+            "revision": version.commit,
+            "decision": decision,
+            "detections": checksum(CHAMPION_FOLDER / "detections.json", "sha256"),
+            "ground_truth": decision["candidate"]["ground_truth"],
+        },
+    )
+
+
+@contextmanager
+def _gto_errors() -> Iterator[None]:
+    try:
+        yield
+    except GTOException as error:
+        raise PipelineError(str(error)) from None
+
+
+def _run(*line: str) -> str:
+    """What it prints; PipelineError with its words where it fails."""
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip() or f"exit {done.returncode}"
+        raise PipelineError(f"`{' '.join(line[:3])}`: {words}")
+    return done.stdout
+
+
+def _show(*line: str) -> None:
+    """The same for what takes a while: a person sees what it says."""
+    done = subprocess.run(line, check=False)
+    if done.returncode:
+        raise PipelineError(f"`{' '.join(line)}` failed, exit {done.returncode}; it says above why")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.promote", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, about: str, *, writes: bool) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about)
+        if writes:
+            added.add_argument("--why", default="", help="stands in the tag")
+            added.add_argument("--push", metavar="REMOTE", help="pushes data, branch and tags there")
+        return added
+
+    command("promote", "register HEAD's candidate, make it the champion, put it in prod", writes=True)
+    command("register", "give HEAD's candidate a version", writes=True)
+    place = command("assign", "put a version in a stage", writes=True)
+    place.add_argument("version")
+    place.add_argument("stage")
+    command("rollback", "put the version before back", writes=True).add_argument("stage", nargs="?", default=PROD)
+    command("check", "hold champion.json against the tag of prod", writes=False)
+    command("history", "versions, figures, stages, who and why", writes=False).add_argument(
+        "--html", type=Path, metavar="FILE", help="a page, too, that draws AP over versions"
+    )
+    told = parser.parse_args()
+    do: dict[str, Callable[[], object]] = {
+        "promote": lambda: promote(told.why),
+        "register": lambda: register(told.why),
+        "assign": lambda: assign(version_named(told.version), told.stage, told.why),
+        "rollback": lambda: roll_back(told.stage, told.why),
+        "check": check,
+        "history": lambda: history(told.html),
+    }
+    do[told.command]()
+    if getattr(told, "push", None):
+        push(told.push)

@@ -1,0 +1,53 @@
+"""A release over ssh: both remotes, git's and DVC's, behind Debian's sshd on loopback."""
+
+import os
+import shutil
+import sys
+
+import pytest
+
+from pipeline import registry
+from tests.effdet.test_checkpoint_remote import Server
+from tests.pipeline.small_registry import (
+    ENVIRONMENT,
+    clone,
+    commit_candidate,
+    consume,
+    run,
+    write_models,
+    write_repository,
+)
+
+pytestmark = [pytest.mark.system, pytest.mark.needs("sshd")]
+
+
+@pytest.fixture
+def server(tmp_path):
+    started = Server(tmp_path / "server")
+    yield started
+    started.stop()
+
+
+def test_model_of_production_over_ssh(server, tmp_path, monkeypatch):
+    write_models(tmp_path / "models")
+    run(tmp_path, "git", "init", "-q", "--bare", "-b", "main", "origin")
+    origin = f"ssh://stores{tmp_path}/origin"
+    # ssh by its name, with this server's configuration: OpenSSH looks for the user's in the passwd's home, not in HOME.
+    ssh, home = tmp_path / "bin" / "ssh", server.home
+    ssh.parent.mkdir()
+    options = f"-F {home}/.ssh/config -o UserKnownHostsFile={home}/.ssh/known_hosts"
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
+    ssh.chmod(0o755)
+    ours = {"HOME": str(home), "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
+    for name, value in {**ENVIRONMENT, **ours}.items():
+        monkeypatch.setenv(name, value)
+    write_repository(tmp_path / "repo", tmp_path / "models", origin, f"ssh://stores{tmp_path}/store")
+    commit_candidate(tmp_path / "repo", 0.4, added=2)
+    monkeypatch.chdir(tmp_path / "repo")
+    monkeypatch.setattr(sys, "argv", ["promote", "promote", "--push", "origin"])
+    registry.main()
+    shutil.rmtree(tmp_path / "repo")
+    assert (tmp_path / "store" / "files" / "md5").is_dir()
+    clone(origin, tmp_path / "fresh")
+    assert consume(tmp_path / "fresh", tmp_path / "got-from-clone") == 7
+    assert consume(origin, tmp_path / "got") == 7
