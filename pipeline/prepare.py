@@ -101,7 +101,10 @@ def overridden(text: str, overrides: Mapping[str, Any]) -> str:
             block = block.get(parent) if isinstance(block, Mapping) else None
         if not isinstance(block, Mapping) or last not in block:
             raise PipelineError(f"{PARAMS}: {key}: no such key; name one that stands there")
-        block[last] = value  # type: ignore[index]
+        if isinstance(value, list) and isinstance(block[last], list):
+            block[last][:] = value  # in place: it stays on its line, with its comment
+        else:
+            block[last] = value  # type: ignore[index]
     if not overrides:
         return text
     buffer = io.StringIO()

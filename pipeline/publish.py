@@ -5,6 +5,7 @@ Run again, it finds what it did.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from pipeline import local
 from pipeline.errors import PipelineError, run
 from pipeline.files import read_json
+from pipeline.forge import Forge
 from pipeline.local import Local
 from pipeline.lock_entries import read_stages, write_lock
 from pipeline.settings import Section, validated
@@ -32,6 +34,7 @@ from pipeline.work_trees import (
 
 ROOT = Path(__file__).parents[1]
 REPORT = "report.md"
+TITLE_LIMIT = 250  # characters; the forge takes 256
 WRITER = ("-c", "user.name=retraining", "-c", "user.email=retraining@localhost", "-c", "commit.gpgSign=false")
 
 
@@ -41,6 +44,7 @@ class Published(Section):
     branch: str
     commit: str
     base: str  # the branch that it goes to
+    pull_request: str  # its web address; empty where no token is configured
     behind: str  # why the commit stands on the pinned revision, though base has moved on; empty where it is on base
 
 
@@ -68,7 +72,20 @@ def publish(request: Run, results: Sequence[Result], where: Local, report: Path 
     for left in failed_tries(where):  # the run is over: nobody looks for why they failed
         if left.parts[-3] == request.run:
             remove_try(left)
-    return Published(branch=branch, commit=commit, base=request.base, behind=behind)
+    opened = pull_request(request, results, branch, behind, files.get(REPORT))
+    return Published(branch=branch, commit=commit, base=request.base, pull_request=opened, behind=behind)
+
+
+def pull_request(request: Run, results: Sequence[Result], branch: str, behind: str, report: str | None) -> str:
+    """Opens one, or brings it up to date, where GITHUB_TOKEN is set; its web address."""
+    if not os.environ.get("GITHUB_TOKEN"):
+        return ""
+    rows = [f"| {result.stage} | {'cached' if result.cached else 'run'} | {result.seconds} |" for result in results]
+    text = [f"Run {request.run} on {request.revision}.", "", "| stage | | seconds |", "| --- | --- | ---: |", *rows]
+    text += ["", f"**{behind}** Merging it needs a new run."] if behind else []
+    text += ["", report] if report else []
+    title = f"Retrain: {request.reason}"[:TITLE_LIMIT]
+    return Forge.from_environment().open_pull_request(title, branch, request.base, "\n".join(text))
 
 
 def compose(tree: Path, results: Sequence[Result]) -> dict[str, Entry]:
@@ -154,7 +171,7 @@ def main() -> None:
     given = parser.parse_args()
     results = [validated(Result, read_json(path, "result of a stage"), path) for path in given.results]
     found = publish(read_request(given.run), results, local.load(), given.report)
-    print(f"pushed {found.branch}{'; ' if found.behind else ''}{found.behind}", file=sys.stderr)
+    print(f"{found.branch} {found.pull_request}{'; ' if found.behind else ''}{found.behind}", file=sys.stderr)
     print(found.model_dump_json(), flush=True)
 
 

@@ -294,6 +294,7 @@ def command(found: Try, words: list[str], environment: Mapping[str, str] | None 
         TRY_VARIABLE: str(found.folder),
         **(environment or {}),
     }
+    variables.pop("GITHUB_TOKEN", None)  # pipeline.publish's alone
     process = subprocess.Popen(
         words, cwd=found.tree, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,

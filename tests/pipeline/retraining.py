@@ -1,10 +1,12 @@
 """The small pipeline behind a bare git remote, with a folder for DVC's, and machines that share nothing else."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ STAGES = ("fetch", "prepare", "train")
 UPSTREAM = {"fetch": (), "prepare": (), "train": ("prepare",)}
 
 
+@functools.cache
+def _made_once() -> tuple[Repository, tempfile.TemporaryDirectory[str]]:
+    folder = tempfile.TemporaryDirectory(prefix="small-pipeline-")  # goes when the tests end
+    return made(Path(folder.name) / "repository"), folder
+
+
 class Team:
     """A bare remote, a work tree of a person's, and a DVC remote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.person: Repository = made(folder / "person")
+        self.person = _made_once()[0].copy(folder / "person")
         self.hub = folder / "hub.git"
         self.person.run("git", "clone", "--quiet", "--bare", str(self.person.path), str(self.hub))
         self.person.run("git", "remote", "add", "origin", str(self.hub))
