@@ -15,6 +15,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline import local
 from pipeline.errors import PipelineError, run
@@ -89,9 +91,21 @@ def params_at(source: Path, commit: str, recipe: str | None) -> str:
     return git(source, "show", f"{commit}:{path}")
 
 
+class _WrittenOut(RoundTripRepresenter):
+    """null as the word, as params.yaml has it, and not as nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        """The word."""
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_WrittenOut.add_representer(type(None), _WrittenOut.represent_none)
+
+
 def overridden(text: str, overrides: Mapping[str, Any]) -> str:
     """The text with some values replaced, its comments kept. PipelineError for a key that it has not."""
     yaml = YAML()
+    yaml.Representer = _WrittenOut
     yaml.width = 200
     content = yaml.load(text)
     for key, value in overrides.items():

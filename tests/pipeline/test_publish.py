@@ -72,8 +72,8 @@ def test_prepare_pins_a_commit_of_a_branch_and_checked_parameters(team: Team) ->
 
 
 def test_overrides_keep_comments() -> None:
-    text = "a: 1  # why\nb:\n  c: [1, 2]  # these\n"
-    assert overridden(text, {"b.c": [3], "a": 2}) == "a: 2  # why\nb:\n  c: [3]     # these\n"
+    text = "a: 1  # why\nn: null\nb:\n  c: [1, 2]  # these\n"
+    assert overridden(text, {"b.c": [3], "a": 2}) == "a: 2  # why\nn: null\nb:\n  c: [3]     # these\n"
     assert overridden(text, {}) == text
 
 
