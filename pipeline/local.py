@@ -4,6 +4,7 @@ A variable EFFDET_<KEY> of the environment, read as YAML, stands above the file.
 provenance, and never an input of a stage.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,6 +54,16 @@ class Elastic(Section):
     reset_limit: Count | None = None  # how often the ranks may change before the run ends; null: without limit
 
 
+class Retraining(Section):
+    """Where this machine keeps what the stage runner makes."""
+
+    work_dir: Word = "retraining"  # work trees of tries, mirrors of git remotes, checkpoints
+    cache_dir: Word | None = None  # DVC's cache, one for the machine; null: in work_dir
+    remote: Word | None = None  # DVC's, a URL that every machine reaches; null: the repository's default remote
+    keep_failed: Annotated[int, Field(ge=0)] = 3  # work trees of failed tries, the newest, to look into
+    min_free_gib: Annotated[float, Field(ge=0)] = 20.0  # on work_dir's disk; with less, nothing new is begun
+
+
 class Local(Section):
     """Hosts, launcher, mirrors, folders and workers of this machine."""
 
@@ -70,6 +81,7 @@ class Local(Section):
     resume_from: str | None = None  # another run's checkpoint folder or URL, to go on from with other ranks
     profile: bool = False  # TensorFlow's profiler and Horovod's timeline
     loader_workers: Count = os.cpu_count() or 1  # threads a rank
+    retraining: Retraining = Field(default_factory=Retraining)  # read by the stage runner alone
 
 
 VARIABLES = {PREFIX + key.upper(): key for key in Local.model_fields}
@@ -90,6 +102,12 @@ def load(path: Path = LOCAL_FILE) -> Local:
     if problem := _contradiction(found):
         raise PipelineError(f"{path} or environment: {problem}")
     return found
+
+
+def as_environment(settings: Local) -> dict[str, str]:
+    """The variables that give a process in another folder what was set here."""
+    content = settings.model_dump(mode="json", include=settings.model_fields_set - {"retraining"})
+    return {PREFIX + key.upper(): json.dumps(value) for key, value in content.items()}
 
 
 def _contradiction(found: Local) -> str | None:

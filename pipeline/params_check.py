@@ -1,12 +1,15 @@
-"""What only the model library can say of params.yaml, asked before anything is fetched or made."""
+"""What only the model library can say of params.yaml, asked before anything is fetched or made.
+
+As a command it checks the whole file: `python -m pipeline.params_check`.
+"""
 
 import re
 from pathlib import Path
 
 from effdet.config import BACKBONES, model_config
 from effdet.errors import EffdetError
-from pipeline.errors import PipelineError
-from pipeline.params import PARAMS_FILE, Params
+from pipeline.errors import PipelineError, run
+from pipeline.params import PARAMS_FILE, Params, load
 
 
 def check(settings: Params, path: Path = PARAMS_FILE) -> None:
@@ -25,3 +28,7 @@ def check(settings: Params, path: Path = PARAMS_FILE) -> None:
         raise PipelineError(
             f"{path}: promote.formats: litert_int8 is for lite models, {config.name} is none; take litert_float16"
         )
+
+
+if __name__ == "__main__":
+    run(lambda: check(load()))

@@ -71,3 +71,14 @@ def test_an_unknown_variable_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_file_of_comments_is_none(tmp_path: Path) -> None:
     (tmp_path / "local.yaml").write_text("# hosts: [a:4]\n")
     assert local.load(tmp_path / "local.yaml") == local.Local()
+
+
+def test_the_settings_reach_a_process_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "local.yaml"
+    path.write_text("hosts: [a:4]\nlauncher: mpirun\nretraining: {work_dir: /scratch}\n")
+    given = local.load(path)
+    for name, value in local.as_environment(given).items():
+        monkeypatch.setenv(name, value)
+    there = local.load(tmp_path / "none")
+    assert (there.hosts, there.launcher) == (["a:4"], "mpirun")
+    assert there.retraining == local.Retraining()  # the stage runner's alone
