@@ -15,10 +15,11 @@ import msgspec
 
 from pipeline import local, params, params_check, published_records, synthetic, transfer
 from pipeline.coco import CocoTables, ImageArchive, parse_annotations
-from pipeline.errors import PipelineError, run
+from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json, written_whole
 from pipeline.params import Coco2017Data, CocoFormatData, Data, SyntheticData, TfrecordsData
 from pipeline.raw_data import RAW
+from pipeline.timings import run_stage
 from pipeline.transfer import SourceFile
 
 COCO2017_ANNOTATIONS = "annotations_trainval2017.zip"
@@ -219,4 +220,4 @@ def _remove_others(raw: Path, kept: set[Path]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("download", main)

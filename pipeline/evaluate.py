@@ -27,7 +27,7 @@ from effdet.postprocess import PostprocessConfig
 from pipeline import local, params
 from pipeline.class_table import class_rows, require_same
 from pipeline.coco_metrics import coco_results
-from pipeline.errors import PipelineError, run
+from pipeline.errors import PipelineError
 from pipeline.evaluation_page import page
 from pipeline.files import read_json, write_json, written_whole
 from pipeline.judging import Row, judge_split, summary
@@ -35,7 +35,7 @@ from pipeline.launch import launch
 from pipeline.launchers import WORKER, needs_launcher
 from pipeline.model_files import MODEL_FILE, StoredModel, read_model, require_same_pictures
 from pipeline.shard_files import MANIFEST, ground_truth_path, images_of, shard_paths
-from pipeline.timings import Pace
+from pipeline.timings import Pace, run_stage
 
 MODEL = Path("data/model")
 OUT = Path("data/eval")
@@ -173,4 +173,4 @@ def write(
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run_stage("evaluate", lambda: main(sys.argv[1:]))

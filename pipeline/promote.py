@@ -34,6 +34,7 @@ from pipeline.model_files import MODEL_FILE, StoredModel, read_model, require_sa
 from pipeline.params import Params
 from pipeline.release import EVALUATION, MODEL, write_exports, write_release
 from pipeline.shard_files import MANIFEST, shard_paths, spread_images
+from pipeline.timings import run_stage
 
 OUT = Path("data/release")
 METRICS = Path("metrics.json")
@@ -169,4 +170,7 @@ def tell(decision: Decision, split: str) -> None:
 if __name__ == "__main__":
     # Commands, as `promote`, `rollback` and `history`, change git. They are loaded by name: the stage, which is run
     # without a word, does not depend on their code.
-    run(importlib.import_module("pipeline.registry").main if sys.argv[1:] else main)
+    if sys.argv[1:]:
+        run(importlib.import_module("pipeline.registry").main)
+    else:
+        run_stage("promote", main)

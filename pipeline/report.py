@@ -26,17 +26,16 @@ from pipeline import changed_pictures, comparison, revision
 from pipeline.bootstrap import Interval, difference
 from pipeline.comparison import METRICS, Intervals, Side
 from pipeline.errors import PipelineError, run
-from pipeline.files import written_whole
+from pipeline.files import read_json, written_whole
 from pipeline.forge import COMMENT_LIMIT, REVIEW
 from pipeline.locked_data import LockedData, MissingError
 from pipeline.params import Bootstrap
 from pipeline.report_document import Block, Code, Document, Paragraph, Picture, Section, Table, html, markdown
+from pipeline.timings import STAGES
 from pipeline.verify import LOCK, SHOWN, Entry, Verification, read_lock, verify
 
 OUT = Path("data/reports/review")
 PARAMS = "params.yaml"
-TIMINGS = Path("data/timings")  # STAGE.json, where a stage leaves one
-SECONDS = ("seconds", "judging", "checking")  # keys in there that hold a time
 RESULTS = (str(LOCK), PARAMS, "metrics.json")  # which have sections of their own
 FORMAT = (
     PipelineError,
@@ -134,17 +133,8 @@ def _verified(lock: Mapping[str, Entry]) -> Verification:
 
 
 def _seconds() -> dict[str, float]:
-    """Stage -> how long its last run here took, of the stages that leave that behind."""
-    found = {}
-    for path in sorted(TIMINGS.glob("*.json")):
-        try:
-            rows = comparison.flat(YAML(typ="safe", pure=True).load(path.read_text()))
-        except (YAMLError, ValueError):
-            continue
-        times = [value for key, value in rows.items() if key.rpartition(".")[2] in SECONDS]
-        if times and all(isinstance(value, (int, float)) for value in times):
-            found[path.stem] = float(sum(times))
-    return found
+    """Stage -> how long its last run here took."""
+    return {path.stem: float(read_json(path, "time of a stage")["seconds"]) for path in STAGES.glob("*.json")}
 
 
 @dataclass(frozen=True)

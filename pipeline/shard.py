@@ -40,12 +40,13 @@ from pipeline.coco import (
     read_annotations,
     without,
 )
-from pipeline.errors import PipelineError, run
+from pipeline.errors import PipelineError
 from pipeline.exif import orientation_of
 from pipeline.files import checksum, read_json, write_json, written_whole
 from pipeline.params import Coco2017Data, Reencode, TfrecordsData
 from pipeline.raw_data import EXCLUSIONS, annotations_file, archive_file, splits
 from pipeline.reencode import DAMAGED, smaller
+from pipeline.timings import run_stage
 
 OUT = Path("data/shards")
 FORMAT = 1  # of manifest.json
@@ -370,4 +371,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("shard", main)

@@ -1,10 +1,17 @@
-"""How long a stage's parts took: in a file that is no output of the stage, and enters no hash and no comparison."""
+"""How long a stage and its parts took: in files that are no output of it, and enter no hash and no comparison."""
 
 import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from pipeline.errors import run
+from pipeline.files import write_json
+
+STAGES = Path("data/timings/stages")  # NAME.json {seconds}: of a stage's last run here that came to its end
 
 
 class Pace:
@@ -42,3 +49,15 @@ def timed(seconds: dict[str, Any], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def run_stage(name: str, main: Callable[[], None]) -> None:
+    """As pipeline.errors.run; leaves how long the stage took. A rank of it, which has arguments, leaves nothing."""
+
+    def noted() -> None:
+        start = time.perf_counter()
+        main()
+        if not sys.argv[1:]:
+            write_json(STAGES / f"{name}.json", {"seconds": round(time.perf_counter() - start, 1)})
+
+    run(noted)

@@ -13,10 +13,11 @@ from typing import Any
 from effdet.config import model_config
 from effdet.distributed import Keep, Ranks, connect, lost_ranks_named, train_elastically
 from pipeline import local, params, params_check
-from pipeline.errors import PipelineError, run
+from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.launch import launch
 from pipeline.launchers import WORKER, needs_launcher, preview
+from pipeline.timings import run_stage
 
 SHARDS = Path("data/shards")
 OUT = Path("data/model")
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("train", main)

@@ -23,13 +23,14 @@ from pipeline.coco import CocoTables, ImageArchive, read_annotations, without
 from pipeline.data_baseline import REPORT, read_baseline
 from pipeline.drift import Distributions, class_counts, distributions, drift_table
 from pipeline.duplicates import with_twins
-from pipeline.errors import PipelineError, run
+from pipeline.errors import PipelineError
 from pipeline.expectations import check
 from pipeline.files import write_json, written_whole
 from pipeline.image_files import chosen, file_facts
 from pipeline.offender_pictures import Picture, pictures
 from pipeline.outcomes import CRITICAL, Outcome, advice, messages, stops
 from pipeline.raw_data import EXCLUSIONS, annotations_file, archive_file, splits
+from pipeline.timings import run_stage
 from pipeline.validation_page import page
 from pipeline.validation_report import drift_of, report_of
 from pipeline.validation_tables import annotations_table, categories_table, images_table
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("validate", main)

@@ -12,6 +12,8 @@ import pytest
 
 from pipeline import report
 from pipeline.errors import PipelineError
+from pipeline.files import write_json
+from pipeline.timings import STAGES
 from tests.pipeline.reviewed_pipeline import PARAMS, made, write_params
 from tests.pipeline.small_pipeline import Repository
 
@@ -71,6 +73,7 @@ def test_identical(repository: Repository) -> None:
 
 def test_parameters_only(repository: Repository) -> None:
     change(repository, evaluate__score=0.7, evaluate__ap=0.45, evaluate__per_class=[0.25, 0.65])
+    write_json(STAGES / "evaluate.json", {"seconds": 12.4})
     text, page = reported()
     found = sections(text)
     assert "AP on val 0.4000 to 0.4500 \\(▲ +0.0500\\). The gate: accepted." in text
@@ -88,7 +91,8 @@ def test_parameters_only(repository: Repository) -> None:
     assert f"{winner}\n{loser}" in found["Classes"]
     assert "| AP is at least promote.min\\_ap | 0.45 | 0.1 | pass |" in found["Gate"]
     assert re.search(r"`shard` \| unchanged, did not run .*as a run produced it", found["Stages"])
-    assert re.search(r"`evaluate` \| changed \| `parameters` .*as a run produced it", found["Stages"])
+    assert re.search(r"`evaluate` \| changed \| `parameters` \| 12 s \| as a run produced it", found["Stages"])
+    assert re.search(r"`shard` .*\| unknown \|", found["Stages"])
     assert "The shards are the same." in found["Data"]
     assert "| 0.2 | 0.500 | 0.700 | 0.250 | 0.250 |" in found["Precision and recall"]
     # Image 1's detection went from 0.5 to 0.7, box and class the same: a change of 0.2. Image 2's stayed.
