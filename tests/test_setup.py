@@ -165,7 +165,7 @@ def test_horovod_is_built_again_once_there_is_mpi(machine: Machine) -> None:
     assert machine.installed() == ["horovod.txt"]
 
 
-@pytest.mark.parametrize("name", ["build.txt", "ml.txt", "airflow.txt", "horovod.txt"])
+@pytest.mark.parametrize("name", ["build.txt", "ml.txt", "airflow.txt", "horovod.txt", "tools.txt"])
 def test_every_requirement_is_pinned_and_hashed_and_from_no_named_index(name: str) -> None:
     text = "\n".join(
         line for line in (ROOT / "requirements" / name).read_text().splitlines() if not line.startswith("#")
