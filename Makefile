@@ -36,6 +36,8 @@ setup: $(HOROVOD) ## the environment, .venv: pinned packages, and Horovod built 
 # The build tools come first and serve instead of build isolation, which would fetch its own, unpinned.
 $(PACKAGES):
 	@$(check-prerequisites)
+	@if [ -L .venv ]; then echo "error: .venv is a link: set-up would empty the folder that it leads to, which others may" \
+		"use; remove the link" >&2; exit 1; fi
 	$(PYTHON) -m venv --clear .venv
 	$(pip-install) -r requirements/build.txt
 	$(pip-install) --no-build-isolation -r requirements/ml.txt

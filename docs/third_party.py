@@ -48,12 +48,12 @@ def licence(name: str, environment: str) -> str:
     if found is None:
         raise SystemExit(f"error: {environment}: {name} is not installed; run `make setup airflow-setup`")
     said = {key: found.metadata.get_all(key) or [""] for key in ("License-Expression", "License", "Classifier")}
-    if expression := said["License-Expression"][0]:
+    if expression := str(said["License-Expression"][0]):
         return expression
-    text = said["License"][0].strip()
+    text = str(said["License"][0]).strip()
     if len(text) <= 40 and LICENCES.search(text):
         return text.replace("|", "or")
-    classifiers = [line.split(" :: ") for line in said["Classifier"]]
+    classifiers = [str(line).split(" :: ") for line in said["Classifier"]]
     names = [words[2] for words in classifiers if words[:2] == ["License", "OSI Approved"] and len(words) > 2]
     return ", ".join(names) or "not stated"
 

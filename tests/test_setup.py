@@ -127,6 +127,18 @@ def test_a_second_call_does_nothing(machine: Machine) -> None:
     assert machine.calls() == []
 
 
+def test_an_environment_behind_a_link_is_left_alone(machine: Machine, tmp_path: Path) -> None:
+    """`venv --clear` follows links: other people's environment would be emptied."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "used").touch()
+    (machine.project / ".venv").symlink_to(tmp_path / "shared")
+    made = machine.make()
+    assert made.returncode != 0
+    assert "error: .venv is a link" in made.stderr
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["used"]
+    assert machine.calls() == []
+
+
 @pytest.mark.parametrize(
     ("fail_at", "then_installed"),
     [
