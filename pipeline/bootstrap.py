@@ -1,18 +1,20 @@
-"""The paired bootstrap: between which bounds does the difference of two models lie, had other images been judged?
+"""The bootstrap over images: between which bounds would a figure lie, had other images been judged?
 
-The images are drawn anew, with repetition, as many as there are; both models are judged on the same draw; and this is
-repeated. The share `confidence` in the middle of the differences is the interval. What is drawn depends on the seed and
-the number of images alone.
+The images are drawn anew, with repetition, as many as there are; a model is judged on each draw, two models on the same
+one; and this is repeated. The share `confidence` in the middle of the figures, or of their differences, is the
+interval. What is drawn depends on the seed and the number of images alone.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.coco_metrics import NOTHING_TO_FIND, SUMMARY, Detections, read_truth
-from pipeline.resampled_metrics import Figures, matched
+from pipeline.resampled_metrics import matched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,7 @@ def difference(
     """
     truth = read_truth(ground_truth, [*candidate, *champion])
     drawn = draws(len(truth["images"]), resamples, seed)
-    models = [matched(truth, detections, int(drawn.max())) for detections in (candidate, champion)]
-    whole = np.ones(drawn.shape[1], np.uint16)
-    figures = [np.stack([_row(model.figures(draw)) for draw in (whole, *drawn)]) for model in models]  # [1 + n, 12 + K]
+    figures = [_figures(truth, detections, drawn) for detections in (candidate, champion)]
     columns = [_interval(ours, theirs, confidence) for ours, theirs in zip(figures[0].T, figures[1].T, strict=True)]
     categories = sorted(category["id"] for category in truth["categories"])
     return Differences(
@@ -69,8 +69,33 @@ def difference(
     )
 
 
-def _row(figures: Figures) -> NDArray[np.float64]:
-    return np.concatenate([figures.metrics, figures.per_class])
+def intervals(
+    ground_truth: Path, detections: Detections, *, resamples: int, seed: int, confidence: float
+) -> dict[str, tuple[float, float] | None]:
+    """One model judged against every image of the ground truth (COCO json): metric of SUMMARY -> its interval.
+
+    None where there was nothing to find. PipelineError where a detection is of an image that the ground truth has not.
+    """
+    truth = read_truth(ground_truth, detections)
+    columns = _figures(truth, detections, draws(len(truth["images"]), resamples, seed)).T[: len(SUMMARY)]
+    return {
+        name: _bounds(values[1:][values[1:] != NOTHING_TO_FIND], confidence) if values[0] != NOTHING_TO_FIND else None
+        for name, values in zip(SUMMARY, columns, strict=True)
+    }
+
+
+def _figures(truth: Mapping[str, Any], detections: Detections, drawn: NDArray[np.uint16]) -> NDArray[np.float64]:
+    """SUMMARY and AP of each class, on the images as they are and in each draw: [1 + resamples, 12 + K]."""
+    model = matched(truth, detections, int(drawn.max()))
+    found = [model.figures(draw) for draw in (np.ones(drawn.shape[1], np.uint16), *drawn)]
+    return np.stack([np.concatenate([figures.metrics, figures.per_class]) for figures in found])
+
+
+def _bounds(values: NDArray[np.float64], confidence: float) -> tuple[float, float] | None:
+    if not values.size:
+        return None
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    return low, high
 
 
 def _interval(candidate: NDArray[np.float64], champion: NDArray[np.float64], confidence: float) -> Interval:
@@ -78,8 +103,5 @@ def _interval(candidate: NDArray[np.float64], champion: NDArray[np.float64], con
     defined = candidate != NOTHING_TO_FIND
     if not defined[0]:
         return Interval(None, None, None, None, None)
-    differences = (candidate - champion)[1:][defined[1:]]
-    low = high = None
-    if differences.size:
-        low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    low, high = _bounds((candidate - champion)[1:][defined[1:]], confidence) or (None, None)
     return Interval(float(candidate[0]), float(champion[0]), float(candidate[0] - champion[0]), low, high)

@@ -111,23 +111,37 @@ def coco_results(found: InferenceDetections, classes: Sequence[Class]) -> list[d
     boxes = yxyx_to_xywh(found.boxes.astype(np.float64)).round(3)
     scores = found.scores.astype(np.float64).round(6)
     return [
-        {
-            "image_id": int(found.image_ids[image]),
-            "category_id": category_ids[class_id],
-            "bbox": boxes[image, place].tolist(),
-            "score": float(scores[image, place]),
-        }
+        row
         for image, count in enumerate(found.counts)
-        for place in range(count)
-        if (class_id := int(found.class_ids[image, place])) in category_ids
+        for row in _rows(
+            int(found.image_ids[image]),
+            boxes[image, :count],
+            scores[image, :count],
+            found.class_ids[image, :count],
+            category_ids,
+        )
     ]
 
 
 def coco_rows(image_id: int, found: Found, classes: Sequence[Class]) -> list[dict[str, Any]]:
     """One picture's detections as COCO results; otherwise as coco_results."""
-    count = np.array([len(found.scores)], np.int32)
-    one = InferenceDetections(np.array([image_id]), found.boxes[None], found.scores[None], found.class_ids[None], count)
-    return coco_results(one, classes)
+    category_ids = {row.class_id: row.category_id for row in classes}
+    boxes = yxyx_to_xywh(found.boxes.astype(np.float64)).round(3)
+    return _rows(image_id, boxes, found.scores.astype(np.float64).round(6), found.class_ids, category_ids)
+
+
+def _rows(
+    image_id: int,
+    boxes: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    class_ids: NDArray[np.int32],
+    category_ids: Mapping[int, int],
+) -> list[dict[str, Any]]:
+    return [
+        {"image_id": image_id, "category_id": category_ids[class_id], "bbox": box, "score": score}
+        for box, score, class_id in zip(boxes.tolist(), scores.tolist(), class_ids.tolist(), strict=True)
+        if class_id in category_ids
+    ]
 
 
 def mean_precision(precision: np.ndarray) -> float:

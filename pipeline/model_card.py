@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,16 @@ COCO's, by pycocotools, over every image of a split.
 {% for name, split in judged.items() %}
 {{ name | capitalize }} was {{ split.used_for }}.
 {% endfor %}
+In brackets: where the figure of {{ gate_split }} would lie, had other images like these been drawn (bootstrap over
+images, confidence {{ likely.confidence }}).
 
 | |{% for name in judged %} {{ name }} |{% endfor +%}
 | --- |{% for name in judged %} ---: |{% endfor +%}
 {% for metric in metrics %}
-| {{ metric }} |{% for split in judged.values() %} {{ figure(split.metrics[metric]) }} |{% endfor +%}
+| {{ metric }} |{% for name, split in judged.items() %} {{ figure(split.metrics[metric]) }}
+{%- if name == gate_split and likely.intervals[metric] %}
+ ({{ likely.intervals[metric] | map("figure") | join(" to ") }})
+{%- endif %} |{% endfor +%}
 {% endfor %}
 
 | AP of class |{% for name in judged %} {{ name }} |{% endfor +%}
@@ -203,10 +209,19 @@ Against the champion, on the same pictures; the interval is a paired bootstrap's
 """
 
 
+@dataclass(frozen=True)
+class Likely:
+    """Intervals of the gate split's figures."""
+
+    confidence: float
+    intervals: Mapping[str, tuple[float, float] | None]  # metric of SUMMARY; None where there was nothing to find
+
+
 def model_card(
     stored: StoredModel,
     manifest: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    likely: Likely,
     decision: Decision,
     exports: Mapping[Path, Comparison | AveragePrecision],
     made_of: Mapping[str, Any],
@@ -218,6 +233,7 @@ def model_card(
     environment = jinja2.Environment(  # noqa: S701 - Markdown, not HTML
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
+    environment.filters["figure"] = _figure
     judged = {split: evaluation["splits"][split] for split in SPLITS if split in evaluation["splits"]}
     return environment.from_string(TEMPLATE).render(
         config=stored.config,
@@ -231,7 +247,8 @@ def model_card(
         gate_split=evaluation["gate_split"],
         decision=decision,
         differences=_differences(decision),
-        figure=lambda value: "none" if value is None else f"{value:.3f}",
+        likely=likely,
+        figure=_figure,
         signed=lambda value: "none" if value is None else f"{round(value, 3) + 0.0:+.3f}",
         cell=lambda text: text.replace("|", "\\|"),
         left_out=_left_out,
@@ -249,6 +266,10 @@ def model_card(
         if stored.apply_exif
         else 'Image.open("picture.jpg")',
     )
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _left_out(counts: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from effdet.postprocess import PostprocessConfig
 from effdet.preprocess import decode
+from pipeline.bootstrap import intervals
 from pipeline.coco_metrics import NOTHING_TO_FIND
 from pipeline.export_check import (
     BOUNDS,
@@ -23,7 +24,7 @@ from pipeline.export_check import (
 from pipeline.exports import CALIBRATION_IMAGES, FILES, write_export
 from pipeline.files import checksum, read_json, write_json
 from pipeline.gate import Decision
-from pipeline.model_card import model_card
+from pipeline.model_card import Likely, model_card
 from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel
 from pipeline.params import Format, Params
 from pipeline.shard_files import MANIFEST, SHARDS, all_images, ground_truth_path, shard_paths, spread_images
@@ -116,9 +117,11 @@ def write_release(
     write_json(folder / "classes.json", [row.model_dump() for row in stored.classes])
     write_json(folder / "decision.json", decision.model_dump(mode="json"))
     write_json(folder / "provenance.json", made_of)
-    card = model_card(
-        stored, manifest, judged, decision, {folder / name: outcome for name, outcome in exports.items()}, made_of
-    )
+    split, bootstrapped = judged["gate_split"], settings.promote.bootstrap
+    found = read_json(EVALUATION / f"detections_{split}.json", "detections")
+    likely = Likely(bootstrapped.confidence, intervals(ground_truth_path(split), found, **bootstrapped.model_dump()))
+    files_to_serve = {folder / name: outcome for name, outcome in exports.items()}
+    card = model_card(stored, manifest, judged, likely, decision, files_to_serve, made_of)
     (folder / "model_card.md").write_text(card, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{checksum(path, 'sha256').removeprefix('sha256:')}  {path.relative_to(folder)}\n" for path in files]

@@ -18,6 +18,7 @@ from typing import Any
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -28,6 +29,7 @@ from pipeline.errors import PipelineError, run
 from pipeline.files import written_whole
 from pipeline.forge import COMMENT_LIMIT, REVIEW
 from pipeline.locked_data import LockedData, MissingError
+from pipeline.params import Bootstrap
 from pipeline.report_document import Block, Code, Document, Paragraph, Picture, Section, Table, html, markdown
 from pipeline.verify import LOCK, SHOWN, Entry, Verification, read_lock, verify
 
@@ -45,7 +47,6 @@ FORMAT = (
     AttributeError,
 )  # what other files' content raises
 PICTURES = 10
-RESAMPLES, SEED, CONFIDENCE = 1000, 1, 0.95  # of the bootstrap
 
 
 def sides(repo: Repo, base: str, commit: str) -> tuple[Side, Side]:
@@ -89,7 +90,7 @@ def document(repo: Repo, base: str, commit: str) -> Document:
     verified = _verified(after.lock)
     try:
         results, why = _results(before, after)
-        intervals = _intervals(results)
+        intervals = _intervals(results, after)
     except FORMAT as error:
         results, why, intervals = None, [_unknown(error)], None
     sections: dict[str, Callable[[], Iterable[Block]]] = {
@@ -174,19 +175,23 @@ def _results(before: Side, after: Side) -> tuple[Results | None, list[Block]]:
     return Results(split, rows[0], rows[1], truth, manifest), []
 
 
-def _intervals(results: Results | None) -> Intervals | None:
+def _intervals(results: Results | None, after: Side) -> Intervals | None:
     """Of what the models differ by; None where they detect the same, or cannot be compared."""
     if results is None or results.before == results.after:
         return None
+    try:
+        bootstrap = Bootstrap.model_validate(((after.params or {}).get("promote") or {}).get("bootstrap"))
+    except ValidationError:
+        return Intervals({}, {}, "Without intervals: params.yaml has no promote.bootstrap that says how to draw.")
     with tempfile.TemporaryDirectory() as folder:
         truth = Path(folder, "ground_truth.json")
         truth.write_text(json.dumps(results.truth))
-        found = difference(truth, results.after, results.before, resamples=RESAMPLES, seed=SEED, confidence=CONFIDENCE)
+        found = difference(truth, results.after, results.before, **bootstrap.model_dump())
     names = {row["category_id"]: row["name"] for row in results.manifest["classes"]}
     by_class = {names[number]: interval for number, interval in found.per_class.items() if number in names}
     words = (
-        f"Intervals: {CONFIDENCE:.0%} of the differences in {RESAMPLES:,} draws of the images, with repetition. "
-        "One that holds 0: the difference may be chance."
+        f"Intervals: {bootstrap.confidence:.0%} of the differences in {bootstrap.resamples:,} draws of the images, "
+        "with repetition. One that holds 0: the difference may be chance."
     )
     return Intervals(_bounds(found.metrics), _bounds(by_class), words)
 

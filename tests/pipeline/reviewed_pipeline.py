@@ -27,7 +27,7 @@ stages:
 PARAMS: dict[str, Any] = {
     "data": {"images": 3, "boxes": [2, 2], "classes": ["cat", "dog"]},
     "evaluate": {"picture_score": 0.3, "score": 0.5, "ap": 0.4, "per_class": [0.3, 0.5]},
-    "promote": {"min_ap": 0.1},
+    "promote": {"min_ap": 0.1, "bootstrap": {"confidence": 0.95, "resamples": 1000, "seed": 1}},
 }
 MAKE = '''\
 """Writes a stage's outputs as params.yaml says."""

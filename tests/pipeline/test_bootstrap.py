@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.bootstrap import difference, draws
+from pipeline.bootstrap import difference, draws, intervals
 from pipeline.coco_metrics import SUMMARY
 from pipeline.coco_reference import reference_evaluation
 from pipeline.errors import PipelineError
@@ -156,6 +156,24 @@ def test_the_interval_is_of_the_differences_on_the_same_draws(files):
     assert set(found.per_class) == set(CATEGORIES)
     assert found.per_class[2].low is None
     assert found.per_class[2].difference is None
+
+
+def test_the_interval_of_one_model_is_of_its_figures_on_the_draws(files):
+    path, truth, strong, _ = files
+    found = intervals(path, strong, **SETTINGS)
+    rows = []
+    for draw in draws(len(IMAGES), 40, 5).tolist():
+        rows.append(reference(*drawn_set(truth, strong, dict(zip(sorted(IMAGES), draw, strict=True))))[0])
+    figures = np.where(np.array(rows) > -1, rows, np.nan)
+    for place, name in enumerate(SUMMARY):
+        assert found[name] == pytest.approx(tuple(np.nanquantile(figures[:, place], [0.05, 0.95])))
+    assert found["AP"][0] < reference(truth, strong)[0][0] < found["AP"][1]
+
+
+def test_a_figure_with_nothing_to_find_has_no_interval(files):
+    path, truth, strong, _ = files
+    path.write_text(json.dumps({**truth, "annotations": []}))
+    assert set(intervals(path, strong, **SETTINGS).values()) == {None}
 
 
 def test_a_model_against_itself_differs_by_nothing(files):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from effdet.exported import open_exported
+from pipeline.bootstrap import intervals
 from pipeline.coco_metrics import coco_metrics
 from tests.pipeline.judged_model import STEADY_NMS, picture, steady, write_shards, write_trained
 
@@ -113,7 +114,11 @@ def test_model_card_has_the_figures(released):
     root, _ = released
     card = (root / "data" / "release" / "model_card.md").read_text()
     judged = json.loads((root / "data" / "eval" / "metrics.json").read_text())["splits"]["val"]
-    assert f"| AP50 | {judged['metrics']['AP50']:.3f} |" in card
+    found = json.loads((root / "data" / "eval" / "detections_val.json").read_text())
+    low, high = intervals(
+        root / "data" / "shards" / "ground_truth_val.json", found, resamples=100, seed=1, confidence=0.95
+    )["AP50"]
+    assert f"| AP50 | {judged['metrics']['AP50']:.3f} ({low:.3f} to {high:.3f}) |" in card
     assert f"| dog \\| wolf | {judged['per_class']['dog | wolf']:.3f} |" in card
     assert "| train | 3 |" in card
     assert "| train.learning_rate | 0.08 |" in card

@@ -1,5 +1,6 @@
 """`python -m pipeline.report BASE`: real git and real DVC on a small pipeline that writes what the real one does."""
 
+import dataclasses
 import html
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline import report
 from pipeline.errors import PipelineError
-from tests.pipeline.reviewed_pipeline import made, write_params
+from tests.pipeline.reviewed_pipeline import PARAMS, made, write_params
 from tests.pipeline.small_pipeline import Repository
 
 pytestmark = pytest.mark.slow
@@ -111,12 +112,17 @@ def test_an_interval_that_is_known(repository: Repository) -> None:
     after = [*before, {"image_id": 2, "category_id": 1, "bbox": [2, 2, 9, 9], "score": 0.8}]
     truth = json.loads((repository.path / "data/shards/ground_truth_val.json").read_text())
     manifest = {"classes": [{"class_id": 0, "category_id": 1, "name": "cat"}]}
-    found = report._intervals(report.Results("val", before, after, truth, manifest))
+    here = report.Side("this branch", PARAMS, {}, {}.get, {}.get)
+    results = report.Results("val", before, after, truth, manifest)
+    found = report._intervals(results, here)
     assert found
     low, high = found.per_class["cat"]
     # Image 2 is not drawn at all in some: 0. Only image 2 is drawn in as many: 1 - 0.
     assert (low, high) == (0.0, 1.0)
     assert found.metrics["AP"] == (0.0, 1.0)
+    older = report._intervals(results, dataclasses.replace(here, params={"promote": {"min_ap": 0.1}}))
+    assert older == report.Intervals({}, {}, older.words)
+    assert older.words.startswith("Without intervals: params.yaml has no promote.bootstrap")
 
 
 def test_data_only(repository: Repository) -> None:
