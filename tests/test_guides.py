@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ruamel.yaml import YAML
 
 from pipeline import synthetic
 from tests.test_documentation import FENCE
-from tests.test_repro import ROOT, SMALL, Repository
+from tests.test_repro import ROOT, SMALL, Repository, work_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -57,17 +56,8 @@ def test_from_pictures_to_a_model_in_production(tmp_path: Path) -> None:
 
 
 def _checkout(folder: Path) -> Repository:
-    """A stranger's: what git has and what was edited here, small, with an origin."""
-    path = folder / "checkout"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and name not in ("dvc.lock", "metrics.json"):
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes((ROOT / name).read_bytes())
-    repository = Repository(path)
+    """A stranger's, with an origin."""
+    repository = work_tree(folder / "checkout")
     repository.run("git", "init", "--quiet", "--initial-branch", "main")
     repository.run("git", "add", ".")
     repository.run("git", "commit", "--quiet", "--message", "as it is")
