@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo report test test-fast test-system lint check pins clean
+.PHONY: help setup demo report test test-fast test-system lint check docs hooks pins audit clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -26,6 +26,8 @@ PACKAGES := .venv/packages-$(shell cat requirements/build.txt requirements/ml.tx
 HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_horovod.sh; command -v mpicxx || true; \
 	echo "$${HOROVOD_GPU_OPERATIONS:-}"; } | sha256sum | cut -c -12)
 
+TOOLS := .venv-tools/packages-$(shell sha256sum requirements/tools.txt | cut -c -12)
+
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
@@ -34,6 +36,8 @@ setup: $(HOROVOD) ## the environment, .venv: pinned packages, and Horovod built 
 # The build tools come first and serve instead of build isolation, which would fetch its own, unpinned.
 $(PACKAGES):
 	@$(check-prerequisites)
+	@if [ -L .venv ]; then echo "error: .venv is a link: set-up would empty the folder that it leads to, which others may" \
+		"use; remove the link" >&2; exit 1; fi
 	$(PYTHON) -m venv --clear .venv
 	$(pip-install) -r requirements/build.txt
 	$(pip-install) --no-build-isolation -r requirements/ml.txt
@@ -81,12 +85,32 @@ lint: setup ## ruff, mypy, and the direction of the imports
 check: lint test ## what CI runs: lint, test, and the system tests whose programs are here
 	pytest -m system
 
+docs: setup ## the pages that are made of the code and of the environments (THIRD_PARTY.md wants .venv-airflow, too)
+	python -m docs.parameters
+	python -m docs.third_party
+
+$(TOOLS):
+	@$(check-prerequisites)
+	$(PYTHON) -m venv --clear .venv-tools
+	.venv-tools/bin/python -m pip install --require-hashes --no-deps -r requirements/tools.txt
+	@touch $@
+
+hooks: setup $(TOOLS) ## git runs lint before each commit, from the locked environment
+	.venv-tools/bin/pre-commit install
+
+# --strict: a package that the index knows nothing of is a failure, not a pass. What was looked into and accepted stands
+# with its reason in a table of docs/supply_chain.md.
+audit: $(TOOLS) ## known vulnerabilities of the pins, by PyPI's data
+	for name in build ml horovod airflow tools; do echo "requirements/$$name.txt"; \
+		.venv-tools/bin/pip-audit --strict --disable-pip --require-hashes -r requirements/$$name.txt \
+			$$(sed -nE 's/^\| ((GHSA|PYSEC|CVE)-[^ ]+) .*/--ignore-vuln \1/p' docs/supply_chain.md); done
+
 pins: setup ## the newest versions that requirements/*.in allow, pinned and hashed
-	@cd requirements && for name in build ml benchmarks airflow; do \
+	@cd requirements && for name in build ml benchmarks airflow tools; do \
 		UV_CUSTOM_COMPILE_COMMAND="make pins" uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
 			--python-version 3.11 --output-file $$name.txt $$name.in >/dev/null; done
 	@git --no-pager diff --stat -- requirements
 
 clean: ## removes the environment and the tools' caches; data, cached results and checkpoints stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

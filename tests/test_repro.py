@@ -74,10 +74,8 @@ class Repository:
         self.run("dvc", "checkout", "--quiet")
 
 
-@pytest.fixture(scope="module")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """A small run from start to end, committed."""
-    path = tmp_path_factory.mktemp("repository")
+def work_tree(path: Path) -> Repository:
+    """A copy of what git has and of what was edited here, less the results of runs; not a repository yet."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -86,15 +84,22 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).exists() and name not in ("dvc.lock", "metrics.json"):
+        if (ROOT / name).is_file() and name not in ("dvc.lock", "metrics.json"):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, path / name)
+    return Repository(path)
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A small run from start to end, committed."""
+    repository = work_tree(tmp_path_factory.mktemp("repository"))
+    path = repository.path
     params = (path / "params.yaml").read_text()
     for key, value in SMALL.items():
         params, count = re.subn(rf"^(\s+){key}.*$", rf"\g<1>{key}{value}", params, flags=re.MULTILINE)
         assert count, key
     (path / "params.yaml").write_text(params)
-    repository = Repository(path)
     repository.run("git", "init", "--quiet", "--initial-branch", "main")
     repository.run("git", "add", ".")
     repository.run("git", "commit", "--quiet", "--message", "small parameters")

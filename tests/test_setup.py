@@ -127,6 +127,18 @@ def test_a_second_call_does_nothing(machine: Machine) -> None:
     assert machine.calls() == []
 
 
+def test_an_environment_behind_a_link_is_left_alone(machine: Machine, tmp_path: Path) -> None:
+    """`venv --clear` follows links: other people's environment would be emptied."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "used").touch()
+    (machine.project / ".venv").symlink_to(tmp_path / "shared")
+    made = machine.make()
+    assert made.returncode != 0
+    assert "error: .venv is a link" in made.stderr
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["used"]
+    assert machine.calls() == []
+
+
 @pytest.mark.parametrize(
     ("fail_at", "then_installed"),
     [
@@ -165,7 +177,7 @@ def test_horovod_is_built_again_once_there_is_mpi(machine: Machine) -> None:
     assert machine.installed() == ["horovod.txt"]
 
 
-@pytest.mark.parametrize("name", ["build.txt", "ml.txt", "airflow.txt", "horovod.txt"])
+@pytest.mark.parametrize("name", ["build.txt", "ml.txt", "airflow.txt", "horovod.txt", "tools.txt"])
 def test_every_requirement_is_pinned_and_hashed_and_from_no_named_index(name: str) -> None:
     text = "\n".join(
         line for line in (ROOT / "requirements" / name).read_text().splitlines() if not line.startswith("#")
