@@ -4,16 +4,25 @@ The webhook gets {"text": one line} by POST, as chat services take it. The conne
 since such an address is a secret.
 """
 
+import datetime
 import logging
 from typing import Any
 
 import httpx
-from airflow.sdk import BaseHook
+from airflow.sdk import BaseDeadlineReference, BaseHook, deadline_reference
 from airflow.sdk.exceptions import AirflowNotFoundException
 
 TIMEOUT = 10  # seconds
 
 log = logging.getLogger(__name__)
+
+
+@deadline_reference
+class RunCreated(BaseDeadlineReference):
+    """From when on the deadline counts. With Airflow's own DAGRUN_QUEUED_AT no task can be cleared (apache/airflow#70368)."""
+
+    def _evaluate_with(self, *, session: Any, **run: Any) -> datetime.datetime:
+        return datetime.datetime.now(datetime.UTC)  # Airflow asks when it creates a run
 
 
 def task_failed(context: Any) -> None:

@@ -2,7 +2,7 @@
 
 import datetime
 
-from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, DeadlineReference, Variable
+from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, Variable
 
 from dags import alerts, form
 from dags.assets import OF_OUTPUT
@@ -37,7 +37,7 @@ with DAG(
     params=form.params(),
     default_args={"on_failure_callback": alerts.task_failed},
     deadline=DeadlineAlert(
-        DeadlineReference.DAGRUN_QUEUED_AT,
+        alerts.RunCreated(),
         datetime.timedelta(hours=float(Variable.get("retrain_deadline_hours", default="72"))),
         AsyncCallback(alerts.deadline_missed),
     ),
