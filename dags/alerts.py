@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @deadline_reference
 class RunCreated(BaseDeadlineReference):
-    """From when on the deadline counts. With Airflow's own DAGRUN_QUEUED_AT no task can be cleared (apache/airflow#70368)."""
+    """From when on a deadline counts. With Airflow's DAGRUN_QUEUED_AT no task can be cleared (apache/airflow#70368)."""
 
     def _evaluate_with(self, *, session: Any, **run: Any) -> datetime.datetime:
         return datetime.datetime.now(datetime.UTC)  # Airflow asks when it creates a run

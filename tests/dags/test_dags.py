@@ -150,4 +150,4 @@ def test_a_task_that_is_ended_ends_its_command(tmp_path: Path, number: int) -> N
     told, _ = process.communicate(timeout=60)  # which also waits for the command: it holds the output
     assert marks.read_text() == "told to stop"
     if number == 15:
-        assert told.splitlines()[-1] == "stopped, with its work saved: it goes on at the next try"
+        assert told.splitlines()[-1] == "stopped: the next try goes on from what it saved"
