@@ -4,25 +4,16 @@ The webhook gets {"text": one line} by POST, as chat services take it. The conne
 since such an address is a secret.
 """
 
-import datetime
 import logging
 from typing import Any
 
 import httpx
-from airflow.sdk import BaseDeadlineReference, BaseHook, deadline_reference
+from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
 TIMEOUT = 10  # seconds
 
 log = logging.getLogger(__name__)
-
-
-@deadline_reference
-class RunCreated(BaseDeadlineReference):
-    """From when on a deadline counts. With Airflow's DAGRUN_QUEUED_AT no task can be cleared (apache/airflow#70368)."""
-
-    def _evaluate_with(self, *, session: Any, **run: Any) -> datetime.datetime:
-        return datetime.datetime.now(datetime.UTC)  # Airflow asks when it creates a run
 
 
 def task_failed(context: Any) -> None:
@@ -41,7 +32,7 @@ def task_failed(context: Any) -> None:
 
 
 async def deadline_missed(**context: Any) -> None:
-    """Of a run that is not over in time. It goes on. The triggerer calls it."""
+    """Of a run that is late. It goes on. The triggerer calls it."""
     run = (context.get("context") or {}).get("dag_run") or {}
     words = f"{run.get('dag_id', 'a retraining')}: {run.get('dag_run_id', '')} is late, and goes on"
     log.error(words)
