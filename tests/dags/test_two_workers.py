@@ -73,9 +73,9 @@ def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
             }
 
         with Site(tmp_path / "site", connections) as site:
+            until(lambda: is_there(site), 300, "the DAG is there")
             for name in ("a", "b"):
                 site.add_worker(name, machine(name))
-            until(lambda: is_there(site), 300, "the DAG is there")
             refused = site.trigger(reason="wrong", revision="no-such-branch")
             first, second = site.trigger(reason="first", **FIRST), site.trigger(reason="$(id)", **SECOND)
             lost = lose_a_machine_that_trains(site, tmp_path / "checkpoints", first)
