@@ -90,7 +90,7 @@ def test_a_run_becomes_one_commit_on_its_branch_and_stays_it(team: Team) -> None
     assert (found.decision, found.split, found.AP, found.table) == ("", "", None, "")  # it has no metrics.json
     report = on_hub(team, found.branch, "report.md")
     assert report.startswith(f"# Review of this branch against commit {request.revision[:8]}")
-    assert "| `seed` | 1 | 7 |" in report
+    assert "| `seed` | `1` | `7` |" in report
     changed = Repository(team.hub).run("git", "diff", "--name-only", "main", found.branch).split()
     assert changed == ["dvc.lock", "params.yaml", "report.md"]  # scores.json came out the same
     assert "Retraining-Run: one" in Repository(team.hub).run("git", "log", "-1", "--format=%B", found.branch)
