@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo report test test-fast test-system lint check docs hooks pins audit clean
+.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check docs hooks pins audit clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -19,6 +19,11 @@ MISSING = $(strip $(if $(PYTHON),,python3.11 python3.11-venv) \
 	$(foreach program,gcc g++ cmake make git,$(if $(shell command -v $(program)),,$(program))))
 check-prerequisites = $(if $(MISSING),$(error set-up needs $(MISSING), not found on this machine; install with: \
 	$(if $(filter-out 0,$(shell id -u)),sudo )apt-get install -y $(MISSING)))
+define new-environment
+	@if [ -L $(1) ]; then echo "error: $(1) is a link: set-up would empty the folder that it leads to, which others may" \
+		"use; remove the link" >&2; exit 1; fi
+	$(PYTHON) -m venv --clear $(1)
+endef
 pip-install := .venv/bin/python -m pip install --require-hashes --no-deps
 
 # The stamps bear the hash of what they were made from, and are set last: other pins, or an interrupted set-up, have none.
@@ -27,18 +32,17 @@ HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_hor
 	echo "$${HOROVOD_GPU_OPERATIONS:-}"; } | sha256sum | cut -c -12)
 
 TOOLS := .venv-tools/packages-$(shell sha256sum requirements/tools.txt | cut -c -12)
+AIRFLOW := .venv-airflow/packages-$(shell sha256sum < requirements/airflow.txt | cut -c -12)
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(HOROVOD) ## the environment, .venv: pinned packages, and Horovod built against them (about five minutes)
 
 # The build tools come first and serve instead of build isolation, which would fetch its own, unpinned.
 $(PACKAGES):
 	@$(check-prerequisites)
-	@if [ -L .venv ]; then echo "error: .venv is a link: set-up would empty the folder that it leads to, which others may" \
-		"use; remove the link" >&2; exit 1; fi
-	$(PYTHON) -m venv --clear .venv
+	$(call new-environment,.venv)
 	$(pip-install) -r requirements/build.txt
 	$(pip-install) --no-build-isolation -r requirements/ml.txt
 	@touch $@
@@ -67,13 +71,31 @@ export BASE
 report: setup ## what this branch changed against BASE=main, for a reviewer: data/reports/review/
 	python -m pipeline.report "$$BASE"
 
+airflow-setup: $(AIRFLOW) ## Airflow's own environment, .venv-airflow: pinned packages (about two minutes)
+
+$(AIRFLOW):
+	@$(check-prerequisites)
+	$(call new-environment,.venv-airflow)
+	.venv-airflow/bin/python -m pip install --require-hashes --no-deps -r requirements/airflow.txt
+	@touch $@
+
+PORT ?= 8080
+airflow: setup airflow-setup ## Airflow with the retraining's DAGs on 127.0.0.1:PORT=8080, until Ctrl-C
+	@.venv-airflow/bin/python -m dags.standalone "$(PORT)"
+
+REASON ?= by hand
+CONF ?= {}
+export REASON CONF
+retrain: airflow-setup ## what is committed here, retrained by that Airflow and followed; REASON='why' CONF='{"train.epochs": 9}'
+	@.venv-airflow/bin/python -m dags.retrain_now "$$REASON" "$$CONF"
+
 test: setup ## the fast and the slow tests; no network needed
 	pytest -m "fast or slow"
 
 test-fast: setup ## the fast tests, under two minutes
 	pytest -m fast
 
-test-system: setup ## all tests; names first the programs that are missing and how to install them
+test-system: setup airflow-setup ## all tests; names first the programs that are missing and how to install them
 	pytest
 
 lint: setup ## ruff, mypy, and the direction of the imports
@@ -82,7 +104,7 @@ lint: setup ## ruff, mypy, and the direction of the imports
 	mypy
 	lint-imports
 
-check: lint test ## what CI runs: lint, test, and the system tests whose programs are here
+check: lint test airflow-setup ## what CI runs: lint, test, and the system tests whose programs are here
 	pytest -m system
 
 docs: setup ## the pages that are made of the code and of the environments (THIRD_PARTY.md wants .venv-airflow, too)
@@ -91,7 +113,7 @@ docs: setup ## the pages that are made of the code and of the environments (THIR
 
 $(TOOLS):
 	@$(check-prerequisites)
-	$(PYTHON) -m venv --clear .venv-tools
+	$(call new-environment,.venv-tools)
 	.venv-tools/bin/python -m pip install --require-hashes --no-deps -r requirements/tools.txt
 	@touch $@
 
@@ -111,6 +133,6 @@ pins: setup ## the newest versions that requirements/*.in allow, pinned and hash
 			--python-version 3.11 --output-file $$name.txt $$name.in >/dev/null; done
 	@git --no-pager diff --stat -- requirements
 
-clean: ## removes the environment and the tools' caches; data, cached results and checkpoints stay
-	rm -rf .venv .venv-tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## removes the environments and the tools' caches; data, cached results and checkpoints stay
+	rm -rf .venv .venv-airflow .venv-tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
