@@ -1,7 +1,7 @@
 """The documents: what is generated is up to date, what is quoted exists, and every command is run somewhere.
 
 A block of commands has a line of comment above it: `run:` and the tests that do, `walk` (tests/test_guides.py runs it
-as it stands), or `not run here:` and the reason.
+as it stands), or `not run here:` and the reason. `yaml` is of params.yaml or local.yaml; of other files it is `yml`.
 """
 
 import ast
