@@ -120,14 +120,13 @@ def look_at_data() -> dict[str, Any]:
 
 
 @task(retries=2)
-def read_checksums(data: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
+def read_checksums(data: dict[str, Any]) -> dict[str, Any]:
     """Reads the data, and says what a retraining on it is given. Skips where it is what params.yaml pins."""
     now = run_ml("pipeline.watched_data", ["--remote", git_remote(), "--compute"], environment=remotes_environment())
     if now["files"] != data["files"]:
         raise AirflowFailException("params.yaml names other files meanwhile; the next run looks at them")
     changed = sorted(name for name, checksum in now["found"].items() if now["checksums"][name] != checksum)
     if not changed:
-        remember.function(data, found)
         raise AirflowSkipException("these bytes are those that params.yaml pins")
     log.info("changed: %s", ", ".join(f"{name} {now['found'][name]}" for name in changed))
     digest = hashlib.sha256(json.dumps(now["found"], sort_keys=True).encode()).hexdigest()

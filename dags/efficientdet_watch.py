@@ -26,7 +26,7 @@ with DAG(
 ) as dag:
     data = look_at_data.override(doc_md=look_at_data.function.__doc__)()
     changed = WaitForChange(task_id="wait_for_change", data=data, pause=PAUSE, doc_md=WaitForChange.__doc__)
-    checksums = read_checksums.override(doc_md=read_checksums.function.__doc__)(data, changed.output)
+    checksums = read_checksums.override(doc_md=read_checksums.function.__doc__)(data)
     retrain = TriggerDagRunOperator(
         task_id="retrain",
         trigger_dag_id="efficientdet_retrain",
@@ -35,8 +35,6 @@ with DAG(
         skip_when_already_exists=True,
         doc_md="Starts the retraining, once for the same data.",
     )
-    (
-        checksums
-        >> retrain
-        >> remember.override(trigger_rule="none_failed", doc_md=remember.function.__doc__)(data, changed.output)
-    )
+    # Also where the bytes are the pinned ones, and where a retraining on them was started before.
+    dealt_with = remember.override(trigger_rule="none_failed", doc_md=remember.function.__doc__)(data, changed.output)
+    changed >> checksums >> retrain >> dealt_with

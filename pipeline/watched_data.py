@@ -6,7 +6,6 @@ data.checksums has to be for a retraining on the data as it is now.
 
 import argparse
 import sys
-from pathlib import Path
 
 from ruamel.yaml import YAML
 

@@ -1,7 +1,7 @@
 """A repository whose last three stages are small and real for DVC: what the registry's commands are tried on.
 
-`model` in params.yaml is the model: its AP, and what the SavedModel adds to each pixel. The release holds a real
-SavedModel, which takes pictures as well and finds nothing on them.
+Two keys of params.yaml are the model: `train.learning_rate` is its AP, `train.seed` what the SavedModel adds to each
+pixel. The release holds a real SavedModel, which takes pictures as well and finds nothing on them.
 """
 
 import os
@@ -20,12 +20,12 @@ stages:
     outs: [data/shards]
   evaluate:
     cmd: python stage.py evaluate
-    params: [model]
+    params: [train.learning_rate, train.seed]
     deps: [data/shards]
     outs: [data/eval]
   promote:
     cmd: python stage.py promote
-    params: [model]
+    params: [train.learning_rate, train.seed]
     deps: [champion.json, champion, data/eval, models]
     outs: [data/release]
     metrics: [metrics.json: {cache: false}]
@@ -37,8 +37,8 @@ artifacts:
 STAGE = """\
 import hashlib, json, pathlib, shutil, sys, ruamel.yaml
 root = pathlib.Path("data")
-model = ruamel.yaml.YAML(typ="safe").load(pathlib.Path("params.yaml"))["model"]
-ap, added = model["ap"], str(model["adds"])
+model = ruamel.yaml.YAML(typ="safe").load(pathlib.Path("params.yaml"))["train"]
+ap, added = model["learning_rate"], str(model["seed"])
 def write(name, content):
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def write_repository(repo: Path, models: Path, origin: str, store: str):
 
 def params(ap, added=1):
     """params.yaml's text."""
-    return f"model:\n  ap: {ap}\n  adds: {added}\n"
+    return f"train:\n  learning_rate: {ap}\n  seed: {added}\n"
 
 
 def commit_candidate(repo, ap, added=1):
