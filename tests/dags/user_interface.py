@@ -1,17 +1,24 @@
-"""What a person does in Airflow's web pages, in headless Chromium: python -m tests.dags.user_interface ADDRESS PASSWORD
-PICTURES NOTE. Run in Airflow's environment; pictures of the pages are left in a folder. Prints the retraining's branch.
+"""What a person does in Airflow's web pages, in headless Chromium: retrains, looks, and approves the candidate.
+
+`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER` with Airflow's environment. The pages' pictures are left in
+the folder. The last line on stdout is the branch that went to production.
 """
 
 import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
-RETRAIN, PROMOTE = "efficientdet_retrain", "efficientdet_promote"
+RETRAIN = "efficientdet_retrain"
 SIZE = {"width": 1280, "height": 800}
+PATIENCE = 60_000  # milliseconds, for a page
+LONGEST = 1200  # seconds, a run of a DAG
+REASON, NOTE, RATE = "more pictures at night", "as good by day, better at night", "0.4"
 
 
 class Browser:
@@ -29,41 +36,101 @@ class Browser:
     def go(self, path: str) -> None:
         self.page.goto(f"{self.address}{path}")
 
-    def ask(self, path: str) -> dict:
-        """The API's answer, as this person."""
+    def ask(self, path: str) -> Any:
+        """The API's answer to this person."""
         answer = self.page.request.get(f"{self.address}/api/v2{path}")
         assert answer.ok, f"{path}: {answer.status} {answer.text()}"
         return answer.json()
 
-    def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
+    def finished(self, run: str) -> None:
+        """Waits for a run, "DAG/dagRuns/RUN", which has to succeed."""
+        deadline = time.monotonic() + LONGEST
+        while (state := self.ask(f"/dags/{run}")["state"]) in ("queued", "running"):
+            assert time.monotonic() < deadline, f"{run}: still {state}"
+            time.sleep(2)
+        assert state == "success", f"{run}: {state}"
 
-    def log_in(self, password: str) -> None:
-        self.go("/")
-        self.page.get_by_label("Username").fill("admin")
-        self.page.get_by_label("Password").fill(password)
-        self.page.get_by_role("button", name=re.compile("sign in|log ?in", re.I)).click()
-        expect(self.page.get_by_role("link", name="Dags", exact=True)).to_be_visible()
+    def nodes(self, *names: str) -> None:
+        """Waits for these in a graph."""
+        for name in names:
+            expect(self.page.locator(".react-flow__node").filter(has_text=name).first).to_be_visible()
 
 
-def wait_for(what, seconds: float):
-    """What `what` gives, once it gives something."""
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(1)
-    return found
+def log_in(browser: Browser, password: str) -> None:
+    page = browser.page
+    browser.go("/")
+    page.locator("[name=username]").fill("admin")
+    page.locator("[name=password]").fill(password)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("link", name="Dags", exact=True)).to_be_visible()
+
+
+def retrain(browser: Browser) -> str:
+    """Fills the form; the run."""
+    page = browser.page
+    browser.go(f"/dags/{RETRAIN}")
+    page.get_by_role("button", name="Trigger Dag").click()
+    form = page.get_by_role("dialog")
+    form.locator("[name='element_reason']").fill(REASON)
+    browser.picture("trigger_form")
+    form.get_by_role("button", name="Training").click()
+    form.locator("[name='element_train.learning_rate']").fill(RATE)
+    form.get_by_role("button", name="Trigger", exact=True).click()
+    page.wait_for_url(re.compile("/runs/"))
+    return unquote(page.url.partition("/runs/")[2].partition("?")[0])
+
+
+def look(browser: Browser, run: str) -> None:
+    """At the graph, and at the assets' lineage."""
+    page = browser.page
+    browser.go(f"/dags/{RETRAIN}/runs/{run}")
+    page.get_by_role("button", name="Show Graph").click()
+    browser.nodes("prepare", "shard", "evaluate", "promote", "publish")
+    browser.picture("graph")
+    browser.go("/assets")
+    page.get_by_role("link", name="candidate", exact=True).click()
+    browser.nodes(RETRAIN, "shards", "metrics", "candidate", "efficientdet_promote", "production")
+    expect(page.get_by_text("1 Asset Event").first).to_be_visible()
+    browser.picture("assets")
+
+
+def approve(browser: Browser, branch: str) -> str:
+    """Answers the question; the run of the promotion."""
+    page = browser.page
+    question = page.get_by_role("link", name=f"Put {branch} into production?")
+    for _ in range(60):
+        browser.go("/required_actions")
+        try:
+            question.click(timeout=5000)
+            break
+        except TimeoutError:
+            continue
+    page.locator("[name='element_note']").fill(NOTE)
+    expect(page.get_by_text("accepted")).to_be_visible()
+    browser.picture("approval")
+    page.get_by_role("button", name="Approve", exact=True).click()
+    expect(page.get_by_text("Response received at")).to_be_visible()
+    return unquote(page.url.partition("/runs/")[2].partition("/tasks/")[0])
 
 
 def main() -> None:
-    address, password, pictures, note = sys.argv[1:]
+    """The whole visit."""
+    address, password, pictures = sys.argv[1:]
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = chromium.new_page(viewport=SIZE, locale="en")
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
         browser = Browser(page, address, Path(pictures))
-        browser.log_in(password)
+        log_in(browser, password)
+        run = retrain(browser)
+        browser.finished(f"{RETRAIN}/dagRuns/{run}")
+        look(browser, run)
+        published = browser.ask(f"/dags/{RETRAIN}/dagRuns/{run}/taskInstances/publish/xcomEntries/return_value")["value"]
+        promotion = approve(browser, published["branch"])
+        browser.finished(f"efficientdet_promote/dagRuns/{promotion}")
         chromium.close()
+    print(published["branch"])
 
 
 if __name__ == "__main__":
