@@ -31,7 +31,10 @@ ROOT = Path(__file__).parents[1]
 RETRY_EXIT = os.EX_TEMPFAIL  # pipeline.errors: told to stop, has saved what it did
 GRACE_SECONDS = 90  # from TERM to KILL; pipeline.work_trees gives a stage 60
 # Lines of libraries that tell a reader of the log nothing: shown at level debug alone.
-NOISE = re.compile(r"^([IWEF]\d{4} |WARNING: All log messages before absl|.*(Deprecation|Future|User)Warning\b|$)")
+NOISE = re.compile(
+    r"^([IWEF]\d{4} |WARNING: All log messages before absl|.*(Deprecation|Future|User)Warning\b|$"
+    r"|To track the changes with git|\tgit add|To enable auto staging|\tdvc config core|Use `dvc push`|Updating lock)"
+)
 OURS = ("AIRFLOW", "_AIRFLOW")  # variables with database, keys and connections: not for the ML environment
 
 log = logging.getLogger(__name__)
