@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from airflow.sdk import get_current_context, task
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, PRODUCTION
 from dags.ml import git_remote, remotes_environment, run_ml
@@ -66,7 +66,7 @@ def promote(found: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     options = [f"--{name}={value}" for name, value in words.items() if value]
     try:
         done = run_ml("pipeline.promotion", [*options, "--", found["commit"]], environment=remotes_environment())
-    except AirflowException as error:
+    except SystemExit as error:
         if str(error).startswith("error: "):
             raise AirflowFailException(str(error)) from None
         raise

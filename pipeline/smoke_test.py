@@ -26,13 +26,16 @@ def smoke_test(repository: str, bundle: str, store: str | None = None) -> None:
 
     bundle: the hash in dvc.lock that it has to be. store: a DVC remote's URL in place of the repository's own.
     """
+    if Path(repository).exists():  # by its path DVC would take a bare repository for a part of one around it
+        repository = Path(repository).absolute().as_uri()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         words = [sys.executable, "-P", "-m", "dvc", "artifacts", "get", repository, ARTIFACT, "--stage", PROD]
         words += ["--remote", "smoke-test", "--remote-config", f"url={store}"] if store else []
         done = subprocess.run([*words, "--out", str(folder)], cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PipelineError(f"`dvc artifacts get`: {done.stderr.strip() or f'exit {done.returncode}'}")
+            told = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+            raise PipelineError(f"`dvc artifacts get`: {told[-1]}")
         check_files(folder)
         if (found := dvc_md5(folder)) != bundle:
             raise PipelineError(f"{PROD} gives the bundle {found}, and the version's is {bundle}")

@@ -17,7 +17,9 @@ from pipeline.local import Local, Retraining
 from pipeline.params import load
 from pipeline.prepare import overridden, prepare
 from pipeline.stage_runner import run_stage
-from tests.dags.small_deployment import AIRFLOW, ROOT
+from tests.dags.airflow_site import PYTHON as AIRFLOW
+from tests.dags.airflow_site import ROOT
+from tests.dags.small_repository import made
 from tests.pipeline.conftest import own_data  # noqa: F401  a fixture
 from tests.pipeline.small_registry import ENVIRONMENT, identify, run
 
@@ -34,6 +36,7 @@ SMALL = {  # of recipes/finetune-lite0.yaml: seconds on two cores
     "train.allow_head_mismatch": False,
     "train.evaluate_every": 1,
 }
+UPSTREAM = {"download": "", "validate": "download", "shard": "download validate", "train": "shard"}
 RUN_WATCH = """\
 import json, sys
 from airflow.models import DagRun
@@ -81,41 +84,37 @@ def site(own_data):  # noqa: F811
     thread.join()
 
 
-def write_pipeline(repo, address):
-    """This repository's pipeline, with the data at an address pinned by its checksums."""
-    for name in run(ROOT, "git", "ls-files", "-z").split("\0"):
-        if name and not name.startswith(("tests/", "docs/", "benchmarks/", ".")) and name != "dvc.lock":
-            (repo / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, repo / name)
+def write_pipeline(folder, address):
+    """This repository's pipeline behind a bare remote, with the data at an address pinned by its checksums."""
+    hub = made(folder)
+    repo = folder / "person"
     text = (ROOT / "recipes" / "finetune-lite0.yaml").read_text()
     names = ("instances_train.json", "train.zip", "instances_val.json", "val.zip")
     pinned = {"data.base_url": address, "data.checksums": dict.fromkeys(names)}
     (repo / "params.yaml").write_text(overridden(text, {**SMALL, **pinned}))
     checksums.write(repo / "params.yaml", checksums.compute(load(repo / "params.yaml").data))
-    run(repo, "git", "init", "-q", "-b", "main")
     identify(repo)
-    run(repo, "dvc", "init", "-q")
-    run(repo, "git", "add", "--all")
-    run(repo, "git", "commit", "-q", "-m", "Begin")
-    run(repo.parent, "git", "clone", "-q", "--bare", str(repo), "hub")
+    run(repo, "git", "commit", "-q", "-a", "-m", "Our data")
+    run(repo, "git", "push", "-q", str(hub), "main")
+    return repo, str(hub)
 
 
 def test_changed_data_is_retrained_on(site, tmp_path, monkeypatch):
     data, address = site
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    write_pipeline(tmp_path / "repo", address)
-    hub, store = str(tmp_path / "hub"), str(tmp_path / "store")
+    repo, hub = write_pipeline(tmp_path, address)
+    store = str(tmp_path / "store")
     where = Local(retraining=Retraining(work_dir=str(tmp_path / "work"), remote=store, min_free_gib=0.0))
     airflow = functools.partial(
         run,
-        tmp_path / "repo",
+        repo,
         str(AIRFLOW),
         **{
-            "PYTHONPATH": str(tmp_path / "repo"),
+            "PYTHONPATH": str(repo),
             "AIRFLOW_HOME": str(tmp_path / "airflow"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-            "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path / "repo" / "dags"),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(repo / "dags"),
             "AIRFLOW_CONN_EFFDET_GIT": json.dumps({"conn_type": "generic", "extra": {"address": hub}}),
             "AIRFLOW_VAR_WATCH_SECONDS": "1",
             "EFFDET_RETRAINING": where.retraining.model_dump_json(),
@@ -151,7 +150,7 @@ def test_changed_data_is_retrained_on(site, tmp_path, monkeypatch):
         results[stage] = run_stage(request, stage, [results[name] for name in upstream.split()], where)
         assert not results[stage].cached
     outs = {out["path"]: out for result in results.values() for out in result.entry["outs"]}
-    monkeypatch.chdir(tmp_path / "repo")
+    monkeypatch.chdir(repo)
     for path in ("data/shards", "data/model"):
         laid_down(Path(store), outs[path]["md5"], Path(path))
     Path("data/eval").mkdir()

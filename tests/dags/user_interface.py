@@ -1,7 +1,7 @@
 """What a person does in Airflow's web pages, in headless Chromium: retrains, looks, and approves the candidate.
 
-`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER` with Airflow's environment. The pages' pictures are left in
-the folder. The last line on stdout is the branch that went to production.
+`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER` with Airflow's environment. The pages' pictures are left
+in the folder. The last line on stdout is the branch that went to production.
 """
 
 import re
@@ -105,6 +105,7 @@ def approve(browser: Browser, branch: str) -> str:
             break
         except TimeoutError:
             continue
+    page.get_by_role("button", name="Show Grid").click()  # narrower than the graph
     page.locator("[name='element_note']").fill(NOTE)
     expect(page.get_by_text("accepted")).to_be_visible()
     browser.picture("approval")
@@ -126,11 +127,12 @@ def main() -> None:
         run = retrain(browser)
         browser.finished(f"{RETRAIN}/dagRuns/{run}")
         look(browser, run)
-        published = browser.ask(f"/dags/{RETRAIN}/dagRuns/{run}/taskInstances/publish/xcomEntries/return_value")["value"]
-        promotion = approve(browser, published["branch"])
+        task = f"/dags/{RETRAIN}/dagRuns/{run}/taskInstances/publish"
+        branch = browser.ask(f"{task}/xcomEntries/return_value")["value"]["branch"]
+        promotion = approve(browser, branch)
         browser.finished(f"efficientdet_promote/dagRuns/{promotion}")
         chromium.close()
-    print(published["branch"])
+    print(branch)
 
 
 if __name__ == "__main__":
