@@ -64,7 +64,12 @@ class Approval(Section):
 
     def words(self, candidate: str) -> str:
         """What the tag's message begins with."""
-        lines = [self.note or f"Promote {candidate}", "", f"Candidate: {candidate}", f"Approved-by: {self.approved_by}"]
+        lines = [
+            self.note or f"Promote {candidate.split()[0]}",
+            "",
+            f"Candidate: {candidate}",
+            f"Approved-by: {self.approved_by}",
+        ]
         return "\n".join(lines + ([f"{OVERRIDE}{self.override}"] if self.override else []))
 
 
@@ -95,9 +100,9 @@ def promote(remote: str, revision: str, approval: Approval, where: Local) -> Pro
     """
     check_space(where)
     for _ in range(ATTEMPTS):
-        commit = pinned(mirror(remote, where), remote, revision)[0]
+        commit, branch = pinned(mirror(remote, where), remote, revision)
         with work_on(remote, commit, approval.approved_by, where) as work:
-            version = advance(work, commit, revision, approval)
+            version = advance(work, commit, branch, approval)
             if version:
                 try_out(work, version)
                 return Promoted(
@@ -132,7 +137,7 @@ def refs(place: str, branch: str) -> str:
     return git(Path(), "ls-remote", "--refs", "--", place, f"refs/heads/{branch}", f"refs/tags/{ARTIFACT}*")
 
 
-def advance(work: Work, commit: str, revision: str, approval: Approval) -> Version | None:
+def advance(work: Work, commit: str, branch: str, approval: Approval) -> Version | None:
     """The version, in production as far as git tells; None where the remote has changed meanwhile."""
     known = registry.version_of(commit)
     if known and registry.in_production(known):
@@ -141,11 +146,11 @@ def advance(work: Work, commit: str, revision: str, approval: Approval) -> Versi
     decision = registry.judged_at(commit).decision
     if decision != "accepted" and not approval.override:
         raise PipelineError(
-            f"{revision} ({commit[:10]}): the gate's decision is {decision}; only accepted goes on, or an override "
+            f"{branch} ({commit[:10]}): the gate's decision is {decision}; only accepted goes on, or an override "
             "with a reason"
         )
     take_over(work, commit)
-    words = approval.words(revision)
+    words = approval.words(f"{branch} ({commit})")
     version = registry.register_commit(commit, words)
     registry.put(version, PROD, words)
     crown(work, version, words)

@@ -1,15 +1,12 @@
 """A repository with this one's DAGs, code and parameters, and a pipeline of three stages that take a second each."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from pipeline.prepare import overridden
 from tests.pipeline.small_registry import run, write_models, write_repository
 
 ROOT = Path(__file__).parents[2]
-AIRFLOW = ROOT / ".venv-airflow" / "bin" / "python"
 COPIED = ("dags", "pipeline", "effdet", "recipes")
 
 
@@ -26,17 +23,3 @@ def write_deployment(repo: Path) -> None:
     run(repo, "dvc", "repro", "-q")
     run(repo, "git", "add", "--all")
     run(repo, "git", "commit", "-q", "-m", "Begin")
-
-
-def start_airflow(repo: Path, port: int, **variables: str) -> "subprocess.Popen[str]":
-    """`make airflow` there, in a process group of its own."""
-    words = [str(AIRFLOW), "-m", "dags.standalone", str(port)]
-    return subprocess.Popen(
-        words, cwd=repo, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def tests_python() -> str:
-    """The ML environment's, which the tasks' processes are run by."""
-    return sys.executable

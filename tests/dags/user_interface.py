@@ -1,10 +1,12 @@
 """What a person does in Airflow's web pages, in headless Chromium: retrains, looks, and approves the candidate.
 
-`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER` with Airflow's environment. The pages' pictures are left
-in the folder. The last line on stdout is the branch that went to production.
+`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER REASON KEY=NUMBER NOTE` with Airflow's environment. KEY is a
+field of the form's section Training. The pages' pictures are left in the folder. The last line on stdout is the branch
+that went to production.
 """
 
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,12 +15,10 @@ from urllib.parse import unquote
 
 from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
 
-CHROMIUM = "/usr/bin/chromium"
 RETRAIN = "efficientdet_retrain"
 SIZE = {"width": 1280, "height": 800}
 PATIENCE = 60_000  # milliseconds, for a page
 LONGEST = 1200  # seconds, a run of a DAG
-REASON, NOTE, RATE = "more pictures at night", "as good by day, better at night", "0.4"
 
 
 class Browser:
@@ -65,16 +65,17 @@ def log_in(browser: Browser, password: str) -> None:
     expect(page.get_by_role("link", name="Dags", exact=True)).to_be_visible()
 
 
-def retrain(browser: Browser) -> str:
+def retrain(browser: Browser, reason: str, override: str) -> str:
     """Fills the form; the run."""
     page = browser.page
     browser.go(f"/dags/{RETRAIN}")
     page.get_by_role("button", name="Trigger Dag").click()
     form = page.get_by_role("dialog")
-    form.locator("[name='element_reason']").fill(REASON)
+    form.locator("[name='element_reason']").fill(reason)
     browser.picture("trigger_form")
     form.get_by_role("button", name="Training").click()
-    form.locator("[name='element_train.learning_rate']").fill(RATE)
+    key, _, number = override.partition("=")
+    form.locator(f"[name='element_{key}']").fill(number)
     form.get_by_role("button", name="Trigger", exact=True).click()
     page.wait_for_url(re.compile("/runs/"))
     return unquote(page.url.partition("/runs/")[2].partition("?")[0])
@@ -94,7 +95,7 @@ def look(browser: Browser, run: str) -> None:
     browser.picture("assets")
 
 
-def approve(browser: Browser, branch: str) -> str:
+def approve(browser: Browser, branch: str, note: str) -> str:
     """Answers the question; the run of the promotion."""
     page = browser.page
     question = page.get_by_role("link", name=f"Put {branch} into production?")
@@ -106,7 +107,7 @@ def approve(browser: Browser, branch: str) -> str:
         except TimeoutError:
             continue
     page.get_by_role("button", name="Show Grid").click()  # narrower than the graph
-    page.locator("[name='element_note']").fill(NOTE)
+    page.locator("[name='element_note']").fill(note)
     expect(page.get_by_text("accepted")).to_be_visible()
     browser.picture("approval")
     page.get_by_role("button", name="Approve", exact=True).click()
@@ -116,20 +117,20 @@ def approve(browser: Browser, branch: str) -> str:
 
 def main() -> None:
     """The whole visit."""
-    address, password, pictures = sys.argv[1:]
+    address, password, pictures, reason, override, note = sys.argv[1:]
     with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = chromium.new_page(viewport=SIZE, locale="en")
         page.set_default_timeout(PATIENCE)
         expect.set_options(timeout=PATIENCE)
         browser = Browser(page, address, Path(pictures))
         log_in(browser, password)
-        run = retrain(browser)
+        run = retrain(browser, reason, override)
         browser.finished(f"{RETRAIN}/dagRuns/{run}")
         look(browser, run)
         task = f"/dags/{RETRAIN}/dagRuns/{run}/taskInstances/publish"
         branch = browser.ask(f"{task}/xcomEntries/return_value")["value"]["branch"]
-        promotion = approve(browser, branch)
+        promotion = approve(browser, branch, note)
         browser.finished(f"efficientdet_promote/dagRuns/{promotion}")
         chromium.close()
     print(branch)

@@ -114,7 +114,9 @@ def test_approved_candidate_goes_to_production_and_a_squash_changes_nothing(plac
     for tag in tags(place):
         assert run(place / "origin", "git", "rev-parse", f"{tag}^{{commit}}").strip() == candidate
         words = message(place, tag)
-        assert words.startswith("twice the night pictures\n\nCandidate: retrain/good\nApproved-by: Ann Example\n")
+        assert words.startswith(
+            f"twice the night pictures\n\nCandidate: retrain/good ({candidate})\nApproved-by: Ann Example\n"
+        )
         assert "accepted on val" in words
     who = run(place / "origin", "git", "for-each-ref", "--format", "%(taggername)", "refs/tags")
     assert who.splitlines() == ["Ann Example"] * 2
@@ -196,7 +198,8 @@ def test_a_failed_gate_is_overridden_with_a_reason_and_a_killed_promotion_run_ag
     done = json.loads(run(place, *line, **variables).splitlines()[-1])
     assert (done["version"], done["after"]) == ("v0.1.0", "")
     assert tags(place) == ["detector#prod#1", "detector@v0.1.0"]
-    said = "twice the night pictures\n\nCandidate: retrain/bad\nApproved-by: Ann Example\nOverride: val is wrong\n"
+    said = f"twice the night pictures\n\nCandidate: retrain/bad ({done['candidate']})\nApproved-by: Ann Example\n"
+    said += "Override: val is wrong\n"
     assert all(message(place, tag).startswith(said) for tag in tags(place))
     champion = json.loads(at(place, "champion.json"))["decision"]
     assert champion["decision"] == "accepted"
