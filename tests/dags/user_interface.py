@@ -1,8 +1,8 @@
 """What a person does in Airflow's web pages, in headless Chromium: retrains, looks, and approves the candidate.
 
-`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER REASON KEY=NUMBER NOTE` with Airflow's environment. KEY is a
-field of the form's section Training. The pages' pictures are left in the folder. The last line on stdout is the branch
-that went to production.
+`python -m tests.dags.user_interface ADDRESS PASSWORD FOLDER REASON KEY=NUMBER NOTE`, with Airflow's environment. KEY is
+a field of the form's section Training. The pages' pictures are left in the folder. The last line on stdout is the
+branch that went to production.
 """
 
 import re
