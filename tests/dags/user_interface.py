@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
-RETRAIN = "efficientdet_retrain"
+RETRAIN, PROMOTE = "efficientdet_retrain", "efficientdet_promote"
 SIZE = {"width": 1280, "height": 800}
 PATIENCE = 60_000  # milliseconds, for a page
 LONGEST = 1200  # seconds, a run of a DAG
@@ -41,6 +41,17 @@ class Browser:
         answer = self.page.request.get(f"{self.address}/api/v2{path}")
         assert answer.ok, f"{path}: {answer.status} {answer.text()}"
         return answer.json()
+
+    def trigger(self, dag: str, **conf: str) -> str:
+        """The run."""
+        content = {"logical_date": None, "conf": conf}
+        answer = self.page.request.post(f"{self.address}/api/v2/dags/{dag}/dagRuns", data=content)
+        assert answer.ok, f"{dag}: {answer.status} {answer.text()}"
+        return str(answer.json()["dag_run_id"])
+
+    def states(self, run: str) -> dict[str, str]:
+        """Task -> state, of a run "DAG/dagRuns/RUN"."""
+        return {one["task_id"]: one["state"] for one in self.ask(f"/dags/{run}/taskInstances")["task_instances"]}
 
     def finished(self, run: str) -> None:
         """Waits for a run, "DAG/dagRuns/RUN", which has to succeed."""
@@ -90,29 +101,43 @@ def look(browser: Browser, run: str) -> None:
     browser.picture("graph")
     browser.go("/assets")
     page.get_by_role("link", name="candidate", exact=True).click()
-    browser.nodes(RETRAIN, "shards", "metrics", "candidate", "efficientdet_promote", "production")
+    browser.nodes(RETRAIN, "shards", "metrics", "candidate", PROMOTE, "production")
     expect(page.get_by_text("1 Asset Event").first).to_be_visible()
     browser.picture("assets")
 
 
-def approve(browser: Browser, branch: str, note: str) -> str:
-    """Answers the question; the run of the promotion."""
+def answer(browser: Browser, run: str, choice: str, note: str) -> None:
+    """Approve or Reject, in a run of the promotion; waits for the run's end."""
     page = browser.page
-    question = page.get_by_role("link", name=f"Put {branch} into production?")
-    for _ in range(60):
-        browser.go("/required_actions")
-        try:
-            question.click(timeout=5000)
-            break
-        except TimeoutError:
-            continue
+    deadline = time.monotonic() + LONGEST
+    while browser.states(f"{PROMOTE}/dagRuns/{run}").get("approve") != "awaiting_input":
+        assert time.monotonic() < deadline, f"{run}: nobody is asked"
+        time.sleep(1)
+    browser.go(f"/dags/{PROMOTE}/runs/{run}/tasks/approve/required_actions")
     page.get_by_role("button", name="Show Grid").click()  # narrower than the graph
     page.locator("[name='element_note']").fill(note)
-    expect(page.get_by_text("accepted")).to_be_visible()
-    browser.picture("approval")
-    page.get_by_role("button", name="Approve", exact=True).click()
-    expect(page.get_by_text("Response received at")).to_be_visible()
-    return unquote(page.url.partition("/runs/")[2].partition("/tasks/")[0])
+    expect(page.get_by_text("accepted", exact=True)).to_be_visible()
+    if choice == "Approve":
+        browser.picture("approval")
+    page.get_by_role("button", name=choice, exact=True).click()
+    expect(page.get_by_text("approve response successful")).to_be_visible()
+    browser.finished(f"{PROMOTE}/dagRuns/{run}")
+
+
+def promote(browser: Browser, branch: str, note: str) -> None:
+    """A failed gate asks nobody; Reject ends a promotion, Approve carries it out."""
+    failed = f"{PROMOTE}/dagRuns/{browser.trigger(PROMOTE, candidate='main')}"  # what main holds, the gate rejected
+    rejected = browser.trigger(PROMOTE, candidate=branch)
+    answer(browser, rejected, "Reject", "one more look")
+    assert browser.states(f"{PROMOTE}/dagRuns/{rejected}")["promote"] == "skipped"
+    browser.finished(failed)
+    assert set(browser.states(failed).values()) == {"skipped"}
+    browser.go("/required_actions")
+    browser.page.get_by_role("link", name=f"Put {branch} into production?").first.click()
+    browser.page.wait_for_url(re.compile("/tasks/approve"))
+    run = unquote(browser.page.url.partition("/runs/")[2].partition("/tasks/")[0])
+    answer(browser, run, "Approve", note)
+    assert set(browser.states(f"{PROMOTE}/dagRuns/{run}").values()) == {"success"}
 
 
 def main() -> None:
@@ -130,8 +155,7 @@ def main() -> None:
         look(browser, run)
         task = f"/dags/{RETRAIN}/dagRuns/{run}/taskInstances/publish"
         branch = browser.ask(f"{task}/xcomEntries/return_value")["value"]["branch"]
-        promotion = approve(browser, branch, note)
-        browser.finished(f"efficientdet_promote/dagRuns/{promotion}")
+        promote(browser, branch, note)
         chromium.close()
     print(branch)
 
