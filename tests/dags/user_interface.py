@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from playwright.sync_api import Page, expect, sync_playwright
 
 RETRAIN, PROMOTE = "efficientdet_retrain", "efficientdet_promote"
-SIZE = {"width": 1280, "height": 800}
+SIZE = {"width": 1280, "height": 1040}
 PATIENCE = 60_000  # milliseconds, for a page
 LONGEST = 1200  # seconds, a run of a DAG
 
@@ -98,6 +98,8 @@ def look(browser: Browser, run: str) -> None:
     browser.go(f"/dags/{RETRAIN}/runs/{run}")
     page.get_by_role("button", name="Show Graph").click()
     browser.nodes("prepare", "shard", "evaluate", "promote", "publish")
+    page.get_by_role("button", name="Collapse Details Panel").click()
+    page.get_by_role("button", name="Fit View").click()
     browser.picture("graph")
     browser.go("/assets")
     page.get_by_role("link", name="candidate", exact=True).click()
