@@ -89,7 +89,7 @@ test: setup ## the fast and the slow tests; no network needed
 test-fast: setup ## the fast tests, under two minutes
 	pytest -m fast
 
-test-system: setup ## all tests; names first the programs that are missing and how to install them
+test-system: setup airflow-setup ## all tests; names first the programs that are missing and how to install them
 	pytest
 
 lint: setup ## ruff, mypy, and the direction of the imports

@@ -36,12 +36,11 @@ with DAG(
     max_active_runs=4,
     params=form.params(),
     default_args={"on_failure_callback": alerts.task_failed},
-    deadline=DeadlineAlert(
-        DeadlineReference.DAGRUN_QUEUED_AT,
-        datetime.timedelta(hours=float(Variable.get("retrain_deadline_hours", default="72"))),
+    deadline=DeadlineAlert(  # not of DAGRUN_QUEUED_AT: no task could be cleared (apache/airflow#70368)
+        DeadlineReference.AVERAGE_RUNTIME(max_runs=10, min_runs=1),
+        datetime.timedelta(hours=float(Variable.get("retrain_late_hours", default="12"))),
         AsyncCallback(alerts.deadline_missed),
     ),
-    render_template_as_native_obj=False,
     tags=["efficientdet"],
 ) as dag:
     run = prepare.override(doc_md=prepare.function.__doc__)()

@@ -158,6 +158,19 @@ def test_changed_pins_are_installed(machine: Machine, changed: str, then_install
     assert machine.installed() == then_installed
 
 
+def test_airflow_has_an_environment_of_its_own(machine: Machine) -> None:
+    assert machine.make("airflow-setup").returncode == 0
+    assert machine.installed() == ["airflow.txt"]
+    assert all(call.startswith("-m ") and ".venv " not in call for call in machine.calls())
+    assert machine.make("airflow-setup").returncode == 0
+    assert machine.installed() == []
+    with (machine.project / "requirements/airflow.txt").open("a") as file:
+        file.write("# changed\n")
+    assert machine.make("airflow-setup", fail_at="airflow.txt").returncode != 0
+    machine.make("airflow-setup")
+    assert machine.installed() == ["airflow.txt"]
+
+
 def test_horovod_is_built_again_once_there_is_mpi(machine: Machine) -> None:
     machine.make()
     machine.add("mpicxx")
