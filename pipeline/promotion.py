@@ -184,13 +184,13 @@ def crown(work: Work, version: Version, words: str) -> None:
     push(found, stage, entry)
     dvc(found, "push", *[str(path) for path in sorted(CHAMPION_FOLDER.glob("*.dvc"))])
     in_git = {path for other in stages.values() for path in other.in_git}
-    commit_all(work, f"Make {version.name} the champion\n\n{words}", PARAMS, str(LOCK), *in_git)
+    git(found.tree, "add", "--all", "--", PARAMS, str(LOCK), *in_git, str(CHAMPION), str(CHAMPION_FOLDER))
+    commit_staged(found, f"Make {version.name} the champion\n\n{words}")
 
 
-def commit_all(work: Work, message: str, *paths: str) -> None:
-    """One commit of these paths and the champion."""
-    git(work.found.tree, "add", "--all", "--", *paths, str(CHAMPION), str(CHAMPION_FOLDER))
-    git(work.found.tree, "commit", "--quiet", "--no-verify", "--message", message)
+def commit_staged(found: Try, message: str) -> None:
+    """Without hooks of the repository."""
+    git(found.tree, "commit", "--quiet", "--no-verify", "--message", message)
 
 
 def pushed(work: Work, *gone: str) -> bool:
@@ -247,7 +247,7 @@ def take_back(work: Work, version: Version, reason: str) -> str:
                 raise PipelineError(f"smoke test of {version.name}: {reason}; not rolled back: it is in {PROD} no more")
             back, words = before(), f"Roll back {version.name}: its smoke test failed\n\n{reason}"
             git(now.found.tree, "revert", "--no-commit", crowning(now))
-            commit_all(now, words)
+            commit_staged(now.found, words)
             gone = []
             if back:
                 registry.put(registry.version_named(back), PROD, words)
