@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 RETRAIN, PROMOTE = "efficientdet_retrain", "efficientdet_promote"
 SIZE = {"width": 1280, "height": 1040}
-PATIENCE = 60_000  # milliseconds, for a page
+PATIENCE = 180_000  # milliseconds, for a page or an answer
 LONGEST = 1200  # seconds, a run of a DAG
 
 
@@ -38,14 +38,14 @@ class Browser:
 
     def ask(self, path: str) -> Any:
         """The API's answer to this person."""
-        answer = self.page.request.get(f"{self.address}/api/v2{path}")
+        answer = self.page.request.get(f"{self.address}/api/v2{path}", timeout=PATIENCE)
         assert answer.ok, f"{path}: {answer.status} {answer.text()}"
         return answer.json()
 
     def trigger(self, dag: str, **conf: str) -> str:
         """The run."""
         content = {"logical_date": None, "conf": conf}
-        answer = self.page.request.post(f"{self.address}/api/v2/dags/{dag}/dagRuns", data=content)
+        answer = self.page.request.post(f"{self.address}/api/v2/dags/{dag}/dagRuns", data=content, timeout=PATIENCE)
         assert answer.ok, f"{dag}: {answer.status} {answer.text()}"
         return str(answer.json()["dag_run_id"])
 
