@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_changed_data_is_retrained_on(site, tmp_path, monkeypatch):
             "AIRFLOW_CONN_EFFDET_GIT": json.dumps({"conn_type": "generic", "extra": {"address": hub}}),
             "AIRFLOW_VAR_WATCH_SECONDS": "1",
             "EFFDET_RETRAINING": where.retraining.model_dump_json(),
-            "ML_PYTHON": shutil.which("python"),
+            "ML_PYTHON": sys.executable,
         },
     )
     airflow("-m", "airflow", "db", "migrate")
