@@ -79,6 +79,10 @@ def log_in(browser: Browser, password: str) -> None:
 def retrain(browser: Browser, reason: str, override: str) -> str:
     """Fills the form; the run."""
     page = browser.page
+    deadline = time.monotonic() + LONGEST
+    while not {RETRAIN, PROMOTE} <= {dag["dag_id"] for dag in browser.ask("/dags")["dags"]}:  # not parsed yet
+        assert time.monotonic() < deadline, "no DAGs"
+        time.sleep(1)
     browser.go(f"/dags/{RETRAIN}")
     page.get_by_role("button", name="Trigger Dag").click()
     form = page.get_by_role("dialog")
