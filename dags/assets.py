@@ -2,6 +2,7 @@
 
 RAW_DATA, SHARDS, MODEL and METRICS: `extra` holds hash, size (bytes), revision, run, cached, and AP where it is known.
 CANDIDATE: the fields of pipeline.publish.Published, and run, remote, decision, AP, split, table, report.
+PRODUCTION: the fields of pipeline.promotion.Promoted, and AP, split.
 """
 
 from airflow.sdk import Asset
@@ -11,6 +12,7 @@ SHARDS = Asset(name="shards", uri="dvc://data/shards", group="efficientdet")
 MODEL = Asset(name="model", uri="dvc://data/model", group="efficientdet")
 METRICS = Asset(name="metrics", uri="dvc://metrics.json", group="efficientdet")
 CANDIDATE = Asset(name="candidate", uri="git://retrain", group="efficientdet")
+PRODUCTION = Asset(name="production", uri="git://prod", group="efficientdet")
 
 # What a stage of dvc.yaml hands on, by the path of its output.
 OF_OUTPUT = {"data/raw": RAW_DATA, "data/shards": SHARDS, "data/model": MODEL, "metrics.json": METRICS}

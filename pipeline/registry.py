@@ -16,6 +16,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -32,11 +33,14 @@ from ruamel.yaml import YAML
 from pipeline.champion import CHAMPION, Champion, read_champion, read_decision
 from pipeline.errors import PipelineError
 from pipeline.files import checksum, write_json, written_whole
+from pipeline.gate import Decision, Rule
 from pipeline.history_page import Assignment, Judged, Version, day, page, table
 
 ARTIFACT = "detector"  # in dvc.yaml's artifacts
 FIRST = "v0.1.0"
 PROD = "prod"  # the stage whose version is the champion
+JUDGE = "promote"  # the stage that judges, and writes the bundle
+OVERRIDE = "Override: "  # in a version's tag: why the gate's decision does not count
 MOST_AHEAD = 5  # seconds that another machine's clock may be
 BRANCH_OR_NOTHING = ("git", "symbolic-ref", "--quiet", "--short", "HEAD")
 
@@ -87,6 +91,18 @@ def standing(stage: str) -> str | None:
     """
     made = assignments(stage)
     return made[-1].version if made else None
+
+
+def turns_of(stage: str) -> list[Assignment]:
+    """The same without those that changed nothing, of the versions that are there."""
+    known = {version.name for version in versions()}
+    order = [made for made in assignments(stage) if made.version in known]
+    return [made for place, made in enumerate(order) if place == 0 or made.version != order[place - 1].version]
+
+
+def in_production(version: Version) -> bool:
+    """By the tags, and as this folder's champion."""
+    return standing(PROD) == version.name and champion_version() == _named(version)
 
 
 def version_named(name: str) -> Version:
@@ -142,9 +158,13 @@ def champion_version() -> str | None:
 
 def register(why: str) -> Version:
     """The version of HEAD's bundle, new where the bundle is. PipelineError unless the gate accepted what HEAD holds."""
-    commit = _candidate()
+    return register_commit(_candidate(), why)
+
+
+def register_commit(commit: str, why: str) -> Version:
+    """The same of a commit that the caller has looked at. `why`: text that the tag's message begins with."""
     outs = outs_at(commit)
-    known = _version_of(release_of(outs, commit))
+    known = version_of(commit)
     if known:
         print(f"{known.name} is registered: the bundle of {commit[:10]} is that of {known.commit[:10]}")
         return known
@@ -164,6 +184,11 @@ def assign(version: Version, stage: str, why: str, *, judge_anew: bool = False) 
     """
     if stage == PROD:
         _crown(version, judge_anew)
+    put(version, stage, why)
+
+
+def put(version: Version, stage: str, why: str) -> None:
+    """The tag that says so, where it does not stand; in prod the champion has to follow."""
     before = standing(stage)
     if before == version.name:
         print(f"{version.name} is in {stage}")
@@ -180,8 +205,8 @@ def assign(version: Version, stage: str, why: str, *, judge_anew: bool = False) 
 def promote(why: str) -> None:
     """HEAD's candidate, which the gate accepted, becomes a version, the champion, and production."""
     commit = _clean_head()
-    known = _version_of(release_of(outs_at(commit), commit))
-    if known and standing(PROD) == known.name and champion_version() == _named(known):
+    known = version_of(commit)
+    if known and in_production(known):
         print(f"{known.name} is in {PROD}, and the champion: nothing to do")
         return
     assign(register(why), PROD, why, judge_anew=True)
@@ -189,8 +214,7 @@ def promote(why: str) -> None:
 
 def roll_back(stage: str, why: str) -> None:
     """The version that stood in a stage before the newest; done once, it is done."""
-    order = [made for made in assignments(stage) if made.version in {version.name for version in versions()}]
-    turns = [made for place, made in enumerate(order) if place == 0 or made.version != order[place - 1].version]
+    turns = turns_of(stage)
     if len(turns) < 2:
         stood = f"only {turns[0].version} stood there" if turns else "no version stood there"
         raise PipelineError(f"{stage}: nothing to roll back to, {stood}; see `python -m pipeline.promote history`")
@@ -283,7 +307,9 @@ def _branch() -> str:
         raise PipelineError("HEAD is on no branch, and a new champion is a commit; `git switch` to one") from None
 
 
-def _version_of(release: str) -> Version | None:
+def version_of(commit: str) -> Version | None:
+    """The version of a commit's bundle, which another commit may have registered."""
+    release = release_of(outs_at(commit), commit)
     return next((one for one in versions() if release_of(outs_at(one.commit), one.name) == release), None)
 
 
@@ -308,13 +334,10 @@ def _crown(version: Version, judge_anew: bool) -> None:
     _clean_head()
     _branch()
     try:
-        _write_champion(version)
+        write_champion(version)
         if judge_anew:
-            _show("dvc", "repro", "--single-item", "promote")
-            if release_of(locked_outs(Path("dvc.lock").read_text()), "this folder") != release_of(
-                outs_at(version.commit), version.name
-            ):
-                raise PipelineError(f"{RELEASE}: came out otherwise than {version.name}, now that it is the champion")
+            _show("dvc", "repro", "--single-item", JUDGE)
+            require_same_release(version)
         _run("git", "add", "--all", "--", *CHANGED)
         _run("git", "commit", "--quiet", "--message", f"Make {version.name} the champion")
     except BaseException:
@@ -327,7 +350,14 @@ def _crown(version: Version, judge_anew: bool) -> None:
     print(f"{version.name} is the champion: commit {_run('git', 'rev-parse', 'HEAD')[:10]}")
 
 
-def _write_champion(version: Version) -> None:
+def require_same_release(version: Version) -> None:
+    """PipelineError unless the bundle that dvc.lock names here is the version's."""
+    here, there = locked_outs(Path("dvc.lock").read_text()), outs_at(version.commit)
+    if release_of(here, "this folder") != release_of(there, version.name):
+        raise PipelineError(f"{RELEASE}: came out otherwise than {version.name}, now that it is the champion")
+
+
+def write_champion(version: Version) -> None:
     """The bundle and the detections of a version, from the cache or the DVC remote, and what stands in git on them."""
     split = judged_at(version.commit).split.split()[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -335,7 +365,7 @@ def _write_champion(version: Version) -> None:
         _run("dvc", "get", ".", RELEASE, "--rev", version.commit, "--out", str(bundle))
         source = f"data/eval/detections_{split}.json"
         _run("dvc", "get", ".", source, "--rev", version.commit, "--out", str(detections))
-        decision = read_decision(bundle / "decision.json")
+        decision = _accepted(version, read_decision(bundle / "decision.json"))
         for path in (bundle, detections):
             target = CHAMPION_FOLDER / path.name
             if target.is_dir():
@@ -351,6 +381,17 @@ def _write_champion(version: Version) -> None:
         ground_truth=decision.candidate.ground_truth,
     )
     write_json(CHAMPION, champion.model_dump(mode="json"))
+
+
+def _accepted(version: Version, decision: Decision) -> Decision:
+    """The gate's decision, or what a person made of it: the version's tag says who, and why."""
+    if decision.decision == "accepted":
+        return decision
+    found = re.search(rf"^{OVERRIDE}(.*)$", version.message, re.MULTILINE)
+    if not found:
+        raise PipelineError(f"{version.name}: the gate's decision is {decision.decision}, and its tag overrides it not")
+    rule = Rule(rule=f"overridden: {found[1]}", candidate=decision.decision, required="accepted", passed=True)
+    return decision.model_copy(update={"decision": "accepted", "rules": [*decision.rules, rule]})
 
 
 @contextmanager

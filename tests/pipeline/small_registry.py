@@ -1,6 +1,7 @@
 """A repository whose last three stages are small and real for DVC: what the registry's commands are tried on.
 
-`candidate` is the model: its AP, and what the SavedModel adds to each pixel. The release holds a real SavedModel.
+Two keys of params.yaml are the model: `train.learning_rate` is its AP, `train.seed` what the SavedModel adds to each
+pixel. The release holds a real SavedModel, which takes pictures as well and finds nothing on them.
 """
 
 import os
@@ -19,11 +20,13 @@ stages:
     outs: [data/shards]
   evaluate:
     cmd: python stage.py evaluate
-    deps: [candidate, data/shards]
+    params: [train.learning_rate, train.seed]
+    deps: [data/shards]
     outs: [data/eval]
   promote:
     cmd: python stage.py promote
-    deps: [candidate, champion.json, champion, data/eval, models]
+    params: [train.learning_rate, train.seed]
+    deps: [champion.json, champion, data/eval, models]
     outs: [data/release]
     metrics: [metrics.json: {cache: false}]
 artifacts:
@@ -32,9 +35,10 @@ artifacts:
 
 # The release does not tell what it was held against, and so it stays when it becomes the champion.
 STAGE = """\
-import hashlib, json, pathlib, shutil, sys
+import hashlib, json, pathlib, shutil, sys, ruamel.yaml
 root = pathlib.Path("data")
-ap, _, added = pathlib.Path("candidate").read_text().partition(" ")
+model = ruamel.yaml.YAML(typ="safe").load(pathlib.Path("params.yaml"))["train"]
+ap, added = model["learning_rate"], str(model["seed"])
 def write(name, content):
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,41 +46,49 @@ def write(name, content):
 if sys.argv[1] == "shard":
     write("shards/ground_truth_val.json", pathlib.Path("truth").read_text())
 elif sys.argv[1] == "evaluate":
-    write("eval/detections_val.json", [float(ap)])
+    write("eval/detections_val.json", [ap])
 else:
     release = root / "release"
     shutil.rmtree(release, ignore_errors=True)
-    shutil.copytree(pathlib.Path("models") / added.strip(), release / "saved_model")
-    decision = "accepted" if float(ap) >= 0.1 else "rejected"
+    shutil.copytree(pathlib.Path("models") / added, release / "saved_model")
+    decision = "accepted" if ap >= 0.1 else "rejected"
     table = [{"class_id": 0, "category_id": 1, "name": "cat"}]
-    judged = {"detector": "sha256:" + added.strip(), "split": "val", "ground_truth": "sha256:0", "classes": table}
-    judged |= {"metrics": {"AP": float(ap)}, "per_class": {"cat": float(ap)}}
+    judged = {"detector": "sha256:" + added, "split": "val", "ground_truth": "sha256:0", "classes": table}
+    judged |= {"metrics": {"AP": ap}, "per_class": {"cat": ap}}
     made = {"decision": decision, "candidate": judged, "champion": None, "differences": None, "rules": []}
     write("release/decision.json", made)
     files = sorted(path for path in release.rglob("*") if path.is_file())
     sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(release)}" for path in files]
     write("release/checksums.sha256", "".join(line + chr(10) for line in sums))
     gate = {"decision": decision, "split": "val (also used for selection)"}
-    figures = {"AP": float(ap), "AP50": float(ap), "AP75": None}
+    figures = {"AP": ap, "AP50": ap, "AP75": None}
     pathlib.Path("metrics.json").write_text(json.dumps({"val": figures, "gate": gate}))
 """
 
 MODELS = """\
-import sys, tensorflow as tf
+import json, pathlib, sys, tensorflow as tf
 class Adds(tf.Module):
     def __init__(self, number):
         self.number = tf.Variable(number)
     @tf.function(input_signature=[tf.TensorSpec([None], tf.float32)])
-    def __call__(self, pixels):
+    def adds(self, pixels):
         return {"found": pixels + self.number}
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="images")])
+    def detects(self, images):
+        zeros = tf.zeros([tf.size(images), 1]) * self.number
+        return {"boxes": tf.stack([zeros] * 4, -1), "scores": zeros, "classes": tf.cast(zeros, tf.int32)}
 for number in (1.0, 2.0):
     model = Adds(number)
-    tf.saved_model.save(model, f"{sys.argv[1]}/{number:.0f}", signatures=model.__call__)
+    folder = pathlib.Path(sys.argv[1], f"{number:.0f}")
+    tf.saved_model.save(model, str(folder), signatures={"adds": model.adds, "serving_default": model.detects})
+    (folder / "assets.extra").mkdir()
+    table = {"category_ids": [1], "names": ["cat"], "apply_exif": False}
+    (folder / "assets.extra/classes.json").write_text(json.dumps(table))
 """
 
 CONSUMER = """\
 import sys, tensorflow as tf
-found = tf.saved_model.load(sys.argv[1] + "/saved_model").signatures["serving_default"](pixels=tf.constant([5.0]))
+found = tf.saved_model.load(sys.argv[1] + "/saved_model").signatures["adds"](pixels=tf.constant([5.0]))
 print("FOUND", float(found["found"][0]))
 """
 
@@ -122,9 +134,14 @@ def write_repository(repo: Path, models: Path, origin: str, store: str):
         (repo / name).write_text(text)
 
 
+def params(ap, added=1):
+    """params.yaml's text."""
+    return f"train:\n  learning_rate: {ap}\n  seed: {added}\n"
+
+
 def commit_candidate(repo, ap, added=1):
     """A run of the pipeline, and a commit."""
-    (repo / "candidate").write_text(f"{ap} {added}")
+    (repo / "params.yaml").write_text(params(ap, added))
     run(repo, "dvc", "repro", "-q")
     run(repo, "git", "add", "--all")
     run(repo, "git", "commit", "-q", "-m", f"Try {ap}")

@@ -15,6 +15,7 @@ from tests.pipeline.small_registry import (
     clone,
     commit_candidate,
     consume,
+    params,
     run,
     write_models,
     write_repository,
@@ -175,8 +176,8 @@ def test_what_was_not_accepted_is_not_registered(place, command):
 
 
 def test_what_is_not_committed_is_not_registered(place, command):
-    (place / "repo" / "candidate").write_text("0.6 1")
-    with pytest.raises(PipelineError, match="not committed: candidate; "):
+    (place / "repo" / "params.yaml").write_text(params(0.6))
+    with pytest.raises(PipelineError, match=r"not committed: params\.yaml; "):
         command("promote")
     run(place / "repo", "git", "commit", "-q", "-a", "-m", "No run made this")
     with pytest.raises(PipelineError, match=r"not what .* says: evaluate, promote; "):
