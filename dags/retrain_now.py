@@ -88,8 +88,9 @@ def answer(api: Api, path: str, task: str) -> Any:
 def print_errors(api: Api, path: str, task: Any) -> None:
     """What the failed try's log says of it."""
     log = api.ask("GET", f"{path}/taskInstances/{task['task_id']}/logs/{task['try_number']}?full_content=true")
-    lines = [line["event"] for line in log["content"] if isinstance(line, dict) and line.get("level") == "error"]
-    for line in "\n".join(lines).splitlines()[:ERROR_LINES]:
+    errors = [line for line in log["content"] if isinstance(line, dict) and line.get("level") == "error"]
+    told = [line["event"] for line in errors if line.get("logger") == "dags.ml"] or [line["event"] for line in errors]
+    for line in "\n".join(told).splitlines()[:ERROR_LINES]:
         print(f"            {line}")
 
 

@@ -117,8 +117,8 @@ def check_finished(site: Site, first: str, second: str, hub: Path) -> None:
         candidate = site.answer(run, "publish")
         lock = git(hub, "show", f"{candidate['branch']}:dvc.lock")
         params = git(hub, "show", f"{candidate['branch']}:params.yaml")
-        assert f"  epochs: {epochs} " in params
-        assert f"  seed: {seed}\n  augment:" in params
+        assert f"\n  epochs: {epochs}\n" in params
+        assert f"\n  seed: {seed}\n  augment:" in params
         told = {event["name"]: event["extra"] for event in events if event["source_run_id"] == run}
         for stage, path, asset in (
             ("download", "data/raw", "raw_data"),
