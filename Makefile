@@ -90,7 +90,7 @@ retrain: airflow-setup ## what is committed here, retrained by that Airflow and 
 	@.venv-airflow/bin/python -m dags.retrain_now "$$REASON" "$$CONF"
 
 test: setup ## the fast and the slow tests; no network needed
-	pytest -m "fast or slow"
+	pytest -n 2 --dist loadfile -m "fast or slow"
 
 test-fast: setup ## the fast tests, under two minutes
 	pytest -m fast

@@ -49,6 +49,7 @@ with DAG(
         one = run_stage.override(
             task_id=stage.name,
             doc_md=STAGE_DOCS.format(stage, ", ".join(stage.upstream) or "nobody", ", ".join(stage.outs)),
+            inlets=[OF_OUTPUT[dep] for dep in stage.deps if dep in OF_OUTPUT],
             outlets=[OF_OUTPUT[out] for out in stage.outs if out in OF_OUTPUT],
             **stage.settings,
         )

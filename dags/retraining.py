@@ -11,10 +11,10 @@ from typing import Any
 from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule, get_current_context, task
 
 from dags import form
-from dags.assets import CANDIDATE, OF_OUTPUT
+from dags.assets import CANDIDATE, METRICS, MODEL, OF_OUTPUT
 from dags.ml import forge_environment, git_remote, remotes_environment, run_ml
 
-METRICS = "metrics.json"
+METRICS_FILE = "metrics.json"
 REFUSED = RetryRule(SystemExit, RetryAction.FAIL)  # wrong however often it is tried; a machine that was lost is not
 
 log = logging.getLogger(__name__)
@@ -68,13 +68,13 @@ def tell_assets(run: Mapping[str, Any], result: Mapping[str, Any]) -> None:
 
 def average_precision(files: Mapping[str, str]) -> dict[str, Any]:
     """AP on the gate's split, as metrics.json has it; empty where it is not among the files."""
-    if METRICS not in files:
+    if METRICS_FILE not in files:
         return {}
-    content = json.loads(files[METRICS])
+    content = json.loads(files[METRICS_FILE])
     return {"AP": content[content["gate"]["split"].split()[0]]["AP"]}
 
 
-@task(show_return_value_in_logs=False, outlets=[CANDIDATE], retries=3)
+@task(show_return_value_in_logs=False, inlets=[MODEL, METRICS], outlets=[CANDIDATE], retries=3)
 def publish(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The single writer: parameters, lock, metrics and report on a branch of its own, and a pull request."""
     files = {"run.json": run, **{f"{result['stage']}.json": result for result in results}}

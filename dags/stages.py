@@ -19,6 +19,7 @@ class Stage:
     name: str
     description: str
     upstream: tuple[str, ...]  # stages, as edges of `dvc dag`
+    deps: tuple[str, ...]
     outs: tuple[str, ...]
     settings: Mapping[str, Any]  # arguments of the task
 
@@ -33,6 +34,7 @@ def read_stages(path: Path = DVC_FILE) -> list[Stage]:
             name,
             stage.get("desc", ""),
             tuple(dict.fromkeys(producers[dep] for dep in _paths(stage, "deps") if dep in producers)),
+            tuple(_paths(stage, "deps")),
             outs[name],
             _settings(name, (stage.get("meta") or {}).get("airflow") or {}),
         )

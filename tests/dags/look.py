@@ -41,6 +41,7 @@ found = {
                 "docs": task.doc_md,
                 "retries": task.retries,
                 "seconds": task.execution_timeout and task.execution_timeout.total_seconds(),
+                "inlets": [asset.name for asset in task.inlets],
                 "outlets": [asset.name for asset in task.outlets],
             }
             for task in dag.tasks

@@ -86,8 +86,19 @@ def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any], tasks: M
         "b": {},
     }  # fmt: skip
     assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (3, 20160 * 60)
-    assert tasks["train"]["outlets"] == ["model"]
-    assert tasks["publish"]["outlets"] == ["candidate"]
+
+
+def test_lineage_is_what_the_stages_read_and_write(tasks: Mapping[str, Any]) -> None:
+    lineage = {name: (task["inlets"], task["outlets"]) for name, task in tasks.items() if name != "prepare"}
+    assert lineage == {
+        "download": ([], ["raw_data"]),
+        "validate": (["raw_data"], []),
+        "shard": (["raw_data"], ["shards"]),
+        "train": (["shards"], ["model"]),
+        "evaluate": (["shards", "model"], []),
+        "promote": (["shards", "model"], ["metrics"]),
+        "publish": (["model", "metrics"], ["candidate"]),
+    }
 
 
 def test_every_task_and_dag_says_what_it_does(airflow: Mapping[str, Any]) -> None:
