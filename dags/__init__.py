@@ -1,0 +1,1 @@
+"""The retraining in Airflow: DAGs, and what their tasks call. It runs without the ML environment."""
