@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo report test test-fast test-system lint check pins clean
+.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check pins clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -26,8 +26,10 @@ PACKAGES := .venv/packages-$(shell cat requirements/build.txt requirements/ml.tx
 HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_horovod.sh; command -v mpicxx || true; \
 	echo "$${HOROVOD_GPU_OPERATIONS:-}"; } | sha256sum | cut -c -12)
 
+AIRFLOW := .venv-airflow/packages-$(shell sha256sum < requirements/airflow.txt | cut -c -12)
+
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(HOROVOD) ## the environment, .venv: pinned packages, and Horovod built against them (about five minutes)
 
@@ -63,6 +65,24 @@ export BASE
 report: setup ## what this branch changed against BASE=main, for a reviewer: data/reports/review/
 	python -m pipeline.report "$$BASE"
 
+airflow-setup: $(AIRFLOW) ## Airflow's own environment, .venv-airflow: pinned packages (about two minutes)
+
+$(AIRFLOW):
+	@$(check-prerequisites)
+	$(PYTHON) -m venv --clear .venv-airflow
+	.venv-airflow/bin/python -m pip install --require-hashes --no-deps -r requirements/airflow.txt
+	@touch $@
+
+PORT ?= 8080
+airflow: setup airflow-setup ## Airflow with the retraining's DAGs on 127.0.0.1:PORT=8080, until Ctrl-C
+	@.venv-airflow/bin/python -m dags.standalone "$(PORT)"
+
+REASON ?= by hand
+CONF ?= {}
+export REASON CONF
+retrain: airflow-setup ## what is committed here, retrained by that Airflow and followed; REASON='why' CONF='{"train.epochs": 9}'
+	@.venv-airflow/bin/python -m dags.retrain_now "$$REASON" "$$CONF"
+
 test: setup ## the fast and the slow tests; no network needed
 	pytest -m "fast or slow"
 
@@ -78,7 +98,7 @@ lint: setup ## ruff, mypy, and the direction of the imports
 	mypy
 	lint-imports
 
-check: lint test ## what CI runs: lint, test, and the system tests whose programs are here
+check: lint test airflow-setup ## what CI runs: lint, test, and the system tests whose programs are here
 	pytest -m system
 
 pins: setup ## the newest versions that requirements/*.in allow, pinned and hashed
@@ -87,6 +107,6 @@ pins: setup ## the newest versions that requirements/*.in allow, pinned and hash
 			--python-version 3.11 --output-file $$name.txt $$name.in >/dev/null; done
 	@git --no-pager diff --stat -- requirements
 
-clean: ## removes the environment and the tools' caches; data, cached results and checkpoints stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## removes the environments and the tools' caches; data, cached results and checkpoints stay
+	rm -rf .venv .venv-airflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def run_ml(
     """Runs `python -m MODULE ARGUMENTS`; the last line of its stdout, which is JSON. Its stderr goes to the task's log.
 
     `files`: name -> content, laid down as JSON; an argument that is such a name becomes the file's path.
-    AirflowException holds the command's own words where it fails. A task that is stopped stops it, and all it started.
+    Where it fails, SystemExit holds its own words, and Airflow tries again or not, as the task says. A task that is
+    stopped stops it, and all that it started.
     """
     with tempfile.TemporaryDirectory(prefix="task-") as scratch:
         paths = {name: Path(scratch, name) for name in files or {}}
@@ -58,9 +60,9 @@ def run_ml(
             stdout.seek(0)
             told = stdout.read().splitlines()
     if status:
-        words_of_it = error_of(module, lines, status)
-        log.error(words_of_it)
-        raise AirflowException(words_of_it.splitlines()[0])
+        why = error_of(module, lines, status)
+        log.error(why)
+        sys.exit(why.splitlines()[0])  # as a task, it has failed: no traceback of Airflow's hides the words
     answer: dict[str, Any] = json.loads(told[-1])
     return answer
 
@@ -166,9 +168,7 @@ def git_remote() -> str:
     if not address:
         raise AirflowException('connection effdet_git: none, or without {"address": the git remote} in its extra')
     if re.match(r"^\w+://[^/@]*:[^/@]*@", address):
-        raise AirflowException(
-            "connection effdet_git: the address holds a password; use ssh, or `environment`"
-        )
+        raise AirflowException("connection effdet_git: the address holds a password; use ssh, or `environment`")
     return str(address)
 
 

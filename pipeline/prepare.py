@@ -30,7 +30,7 @@ RECIPE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 
 def prepare(
     remote: str,
-    revision: str,
+    revision: str | None,
     where: Local,
     *,
     reason: str,
@@ -40,6 +40,7 @@ def prepare(
 ) -> Run:
     """The run. PipelineError for a revision on no branch of the remote, wrong parameters, a used id, a full disk.
 
+    `revision`: a branch of the remote, or a commit or tag on one; None: its default branch.
     `overrides`: dotted key of params.yaml -> value of the type that the key has. `recipe`: in place of params.yaml.
     """
     check_space(where)
@@ -57,7 +58,7 @@ def prepare(
     source = mirror(remote, where)
     if branch_tip(source, f"{BRANCH}{fields['run']}"):
         raise PipelineError(f"run: {fields['run']} is published already, as {BRANCH}{fields['run']}; take another id")
-    commit, base = pinned(source, remote, revision)
+    commit, base = pinned(source, remote, revision or default_branch(source, remote))
     text = overridden(params_at(source, commit, recipe), overrides or {})
     with fresh_try(fields["run"], "prepare", where) as found:  # the revision's own code knows its parameters
         check_out(source, commit, found.tree)
@@ -141,7 +142,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.prepare", description="pins what a retraining is")
     parser.add_argument("--remote", required=True, help="git's: a URL or a path")
-    parser.add_argument("--revision", default="main", help="a branch of it, or a commit or tag on one")
+    parser.add_argument("--revision", help="a branch of it, or a commit or tag on one; by default, its default branch")
     parser.add_argument("--reason", required=True, help="why, for those who read the commit")
     parser.add_argument("--recipe", help="a file of recipes/, without .yaml, in place of params.yaml")
     parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=VALUE", dest="overrides")

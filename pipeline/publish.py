@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import local
 from pipeline.errors import PipelineError, run
@@ -34,6 +35,8 @@ from pipeline.work_trees import (
 
 ROOT = Path(__file__).parents[1]
 REPORT = "report.md"
+METRICS, CHAMPION = "metrics.json", "champion.json"
+ORDER = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 TITLE_LIMIT = 250  # characters; the forge takes 256
 WRITER = ("-c", "user.name=retraining", "-c", "user.email=retraining@localhost", "-c", "commit.gpgSign=false")
 
@@ -46,12 +49,16 @@ class Published(Section):
     base: str  # the branch that it goes to
     pull_request: str  # its web address; empty where no token is configured
     behind: str  # why the commit stands on the pinned revision, though base has moved on; empty where it is on base
+    decision: str  # of the gate; so the rest, which is empty where the pipeline has no metrics.json
+    split: str  # that it was judged on
+    AP: float | None
+    table: str  # Markdown: the split's figures against the champion's, as each was judged
 
 
-def publish(request: Run, results: Sequence[Result], where: Local, report: Path | None = None) -> Published:
-    """Commits and pushes the run. PipelineError where the results are not of one run, or something else is published.
+def publish(request: Run, results: Sequence[Result], where: Local) -> Published:
+    """Commits and pushes the run, with report.md on what it changed since the pinned revision.
 
-    `report`: Markdown that is committed with it, as report.md.
+    PipelineError where the results are not of one run, or something else is published.
     """
     source = mirror(request.remote, where)
     with fresh_try(request.run, "publish", where) as found:
@@ -59,31 +66,57 @@ def publish(request: Run, results: Sequence[Result], where: Local, report: Path 
         prepare_dvc(found, where)
         check_remote(found, where)
         files = {PARAMS: request.params, **{path: text for result in results for path, text in result.files.items()}}
-        if report is not None:
-            files[REPORT] = report.read_text()
         entries = compose(found.tree, results)
+        write(found.tree, entries, files)
+        figures = figures_of(found.tree)
+        files[REPORT] = report(found, request)
         commit, behind = commit_on(source, found, request, entries, files)
         branch = f"{BRANCH}{request.run}"
         there = branch_tip(source, branch)
         if there:
-            commit = published_before(found, there, commit, [*files, str(LOCK)], branch)
+            compared = [*(files.keys() - {REPORT}), str(LOCK)]  # a report also tells which data could be had
+            commit = published_before(found, there, commit, compared, branch)
         else:
             git(found.tree, "push", "--quiet", "--", request.remote, f"{commit}:refs/heads/{branch}")
     for left in failed_tries(where):  # the run is over: nobody looks for why they failed
         if left.parts[-3] == request.run:
             remove_try(left)
-    opened = pull_request(request, results, branch, behind, files.get(REPORT))
-    return Published(branch=branch, commit=commit, base=request.base, pull_request=opened, behind=behind)
+    opened = pull_request(request, results, branch, behind, figures["table"])
+    return Published(branch=branch, commit=commit, base=request.base, pull_request=opened, behind=behind, **figures)
 
 
-def pull_request(request: Run, results: Sequence[Result], branch: str, behind: str, report: str | None) -> str:
+def report(found: Try, request: Run) -> str:
+    """pipeline.report's Markdown on the work tree, which holds the run, against the pinned revision."""
+    command(found, [sys.executable, "-P", "-m", "pipeline.report", request.revision], {"PYTHONPATH": str(ROOT)})
+    return (found.tree / "data" / "reports" / "review" / REPORT).read_text()
+
+
+def figures_of(tree: Path) -> dict[str, Any]:
+    """What a release's approver reads first: the fields `decision`, `split`, `AP` and `table` of Published."""
+    if not (tree / METRICS).exists():
+        return {"decision": "", "split": "", "AP": None, "table": ""}
+    found = read_json(tree / METRICS, "metrics")
+    held = read_json(tree / CHAMPION, "champion") if (tree / CHAMPION).exists() else {}
+    split = found["gate"]["split"].split()[0]
+    theirs = held["decision"]["candidate"]["metrics"] if held else {}
+    champion = f"champion {held['version']}" if held else "no champion yet"
+    rows = [f"| {name} | {_figure(theirs.get(name))} | {_figure(found[split].get(name))} |" for name in ORDER]
+    table = "\n".join([f"| {split} | {champion} | candidate |", "| --- | ---: | ---: |", *rows])
+    return {"decision": found["gate"]["decision"], "split": split, "AP": found[split]["AP"], "table": table}
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def pull_request(request: Run, results: Sequence[Result], branch: str, behind: str, table: str) -> str:
     """Opens one, or brings it up to date, where GITHUB_TOKEN is set; its web address."""
     if not os.environ.get("GITHUB_TOKEN"):
         return ""
     rows = [f"| {result.stage} | {'cached' if result.cached else 'run'} | {result.seconds} |" for result in results]
     text = [f"Run {request.run} on {request.revision}.", "", "| stage | | seconds |", "| --- | --- | ---: |", *rows]
     text += ["", f"**{behind}** Merging it needs a new run."] if behind else []
-    text += ["", report] if report else []
+    text += ["", table, "", f"`{REPORT}` on the branch tells what changed."]
     title = f"Retrain: {request.reason}"[:TITLE_LIMIT]
     return Forge.from_environment().open_pull_request(title, branch, request.base, "\n".join(text))
 
@@ -167,10 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.publish", description="commits and pushes a run")
     parser.add_argument("--run", type=Path, required=True, help="what pipeline.prepare printed")
     parser.add_argument("--results", type=Path, nargs="+", required=True, help="of every stage")
-    parser.add_argument("--report", type=Path, help=f"Markdown, committed as {REPORT}")
     given = parser.parse_args()
     results = [validated(Result, read_json(path, "result of a stage"), path) for path in given.results]
-    found = publish(read_request(given.run), results, local.load(), given.report)
+    found = publish(read_request(given.run), results, local.load())
     print(f"{found.branch} {found.pull_request}{'; ' if found.behind else ''}{found.behind}", file=sys.stderr)
     print(found.model_dump_json(), flush=True)
 

@@ -276,7 +276,7 @@ def _more() -> str:
     if server and repository and number:
         page = f"{server}/{repository}/actions/runs/{number}"
         return f"Curves and pictures: `report.html` in the artifact `review` of [this run]({page})."
-    return "Curves and pictures: `report.html` beside this file."
+    return "Curves and pictures: `report.html`, which `make report` writes beside this file."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

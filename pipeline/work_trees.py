@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -305,7 +306,9 @@ def command(found: Try, words: list[str], environment: Mapping[str, str] | None 
             sys.stderr.write(line)
             lines.append(line.rstrip())
         status = process.wait()
-    except BaseException:  # told to stop
+    except BaseException:  # told to stop: to be told again changes nothing
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_processes(found.folder)
         process.wait()
         raise
