@@ -102,7 +102,7 @@ check: lint test airflow-setup ## what CI runs: lint, test, and the system tests
 	pytest -m system
 
 pins: setup ## the newest versions that requirements/*.in allow, pinned and hashed
-	@cd requirements && for name in build ml benchmarks airflow; do \
+	@cd requirements && for name in build ml benchmarks airflow cuda deployment; do \
 		UV_CUSTOM_COMPILE_COMMAND="make pins" uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
 			--python-version 3.11 --output-file $$name.txt $$name.in >/dev/null; done
 	@git --no-pager diff --stat -- requirements

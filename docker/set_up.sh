@@ -4,17 +4,17 @@
 set -euo pipefail
 umask 077
 
-server=/volumes/ssh-server   # of the git and the DVC remote: their host key, and who is let in
-client=/volumes/ssh-client   # of the workers: their key, and whom they trust
-secrets=/volumes/secrets     # of Airflow's services
-database=/volumes/database   # of PostgreSQL, whose user is another
-worker=/volumes/worker       # what of `secrets` a worker needs
+server=/srv/keys/ssh-server   # of the git and the DVC remote: their host key, and who is let in
+client=/srv/keys/ssh-client   # of the workers: their key, and whom they trust
+secrets=/srv/keys/airflow     # of Airflow's services
+database=/srv/keys/database   # of PostgreSQL, whose user is another
+worker=/srv/keys/worker       # what of `secrets` a worker needs
 repository=/srv/git/detector.git
 
-fresh() { # writes what stdin holds, whole, where there is nothing yet
-  [ -s "$1" ] || { cat >"$1.part" && mv "$1.part" "$1"; }
+fresh() { # the file, whole, with what the command prints, where there is none yet
+  [ -s "$1" ] || { "${@:2}" >"$1.part" && mv "$1.part" "$1"; }
 }
-random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_'; }
+random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '\n'; } # Airflow takes a file's newline along
 
 [ -s "$server/id_rsa" ] || ssh-keygen -q -t ed25519 -N "" -C remotes -f "$server/id_rsa"
 [ -s "$client/id_ed25519" ] || ssh-keygen -q -t ed25519 -N "" -C workers -f "$client/id_ed25519"
@@ -22,11 +22,11 @@ for host in "[git]:2222" "[dvc]:2223"; do echo "$host $(cut -d ' ' -f 1,2 "$serv
 # People who fetch and push: AUTHORIZED_KEYS, their public keys, a line each.
 printf '%s\n' "$(cat "$client/id_ed25519.pub")" "${AUTHORIZED_KEYS:-}" >"$server/authorized_keys"
 
-for name in fernet_key api_secret_key jwt_secret; do random | fresh "$secrets/$name"; done
-fresh "$worker/jwt_secret" <"$secrets/jwt_secret"
-random | tr -d '=' | fresh "$database/password"
+for name in fernet_key api_secret_key jwt_secret; do fresh "$secrets/$name" random; done
+fresh "$worker/jwt_secret" cat "$secrets/jwt_secret"
+fresh "$database/password" random
 chmod 755 "$database" && chmod 444 "$database/password"
-echo "postgresql+psycopg2://airflow:$(cat "$database/password")@postgres:5432/airflow" | fresh "$secrets/database"
+fresh "$secrets/database" printf %s "postgresql+psycopg2://airflow:$(cat "$database/password")@postgres:5432/airflow"
 
 [ -d "$repository" ] || { git init --quiet --bare --initial-branch=main "$repository.part" && mv "$repository.part" "$repository"; }
 if ! git -C "$repository" rev-parse --quiet --verify main >/dev/null; then
