@@ -1,4 +1,4 @@
-"""`health.py PART`: exit 0 where the API server has lately heard of it: scheduler, dag_processor, triggerer, metadatabase.
+"""`health.py PART`: exit 0 where the API server lately heard of scheduler, dag_processor, triggerer or metadatabase.
 
 For compose.yaml. `airflow jobs check` asks the same, for seconds of a core each time.
 """

@@ -176,10 +176,10 @@ class Stack:
                    for place in self.services[name].get("tmpfs", [])]  # fmt: skip
         entrypoint = POSTGRES_ENTRYPOINT if self._is_postgres(name) else 'cd /opt/effdet; exec "$@"'
         given = [f"{key}={value}" for key, value in self._environment(name).items()]
-        script = "\n".join([*mounts, 'exec env -i "${@:1:%d}" bash -euc %s entrypoint "${@:%d}"'
-                            % (len(given), shlex.quote(entrypoint), len(given) + 1)])  # fmt: skip
+        run = ["exec", "env", "-i", *given, "bash", "-euc", entrypoint, "entrypoint", *command]
+        script = "\n".join([*mounts, shlex.join(run)])
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
-        return ["ip", "netns", "exec", NETWORK, *unshare, "bash", "-c", script, "service", *given, *command]
+        return ["ip", "netns", "exec", NETWORK, *unshare, "bash", "-c", script]
 
     def _remove(self) -> None:
         self.down()

@@ -1,4 +1,4 @@
-"""docker/compose.yaml: its services, started from the file, retrain a detector; what they keep is there after a restart."""
+"""docker/compose.yaml: its services, started from the file, retrain a detector; after a restart all is there."""
 
 import json
 import subprocess
