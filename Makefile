@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check pins clean
+.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check images pins clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -23,7 +23,8 @@ pip-install := .venv/bin/python -m pip install --require-hashes --no-deps
 
 # The stamps bear the hash of what they were made from, and are set last: other pins, or an interrupted set-up, have none.
 PACKAGES := .venv/packages-$(shell cat requirements/build.txt requirements/ml.txt | sha256sum | cut -c -12)
-HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_horovod.sh; command -v mpicxx || true; \
+GPU := $(if $(HOROVOD_GPU_OPERATIONS),requirements/cuda.txt)
+HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_horovod.sh $(GPU); command -v mpicxx || true; \
 	echo "$${HOROVOD_GPU_OPERATIONS:-}"; } | sha256sum | cut -c -12)
 
 AIRFLOW := .venv-airflow/packages-$(shell sha256sum < requirements/airflow.txt | cut -c -12)
@@ -44,6 +45,7 @@ $(PACKAGES):
 $(HOROVOD): $(PACKAGES)
 	@$(check-prerequisites)
 	@rm -f .venv/horovod-*
+	$(if $(GPU),$(pip-install) -r $(GPU))
 	docker/build_horovod.sh .venv/bin/python
 	@touch $@
 
@@ -100,6 +102,16 @@ lint: setup ## ruff, mypy, and the direction of the imports
 
 check: lint test airflow-setup ## what CI runs: lint, test, and the system tests whose programs are here
 	pytest -m system
+
+ENGINE ?= docker
+BASE_IMAGE ?= docker.io/library/debian:bookworm-slim
+CUDA ?=
+VERSION ?= $(shell git describe --always --dirty)
+images: ## train, airflow and worker, by ENGINE=docker or buildah; CUDA=nvidia/cuda:12.9.1-devel-ubuntu22.04 for GPUs
+	for target in train airflow worker; do $(ENGINE) build $(if $(filter buildah,$(ENGINE)),--format docker) \
+		--build-arg "BASE=$(BASE_IMAGE)" --build-arg "CUDA=$(CUDA)" --build-arg "VERSION=$(VERSION)" \
+		--build-arg "REVISION=$$(git rev-parse HEAD)" --target "$$target" --file docker/Dockerfile \
+		--tag "effdet-$$target$(if $(CUDA),-cuda):$(VERSION)" .; done
 
 pins: setup ## the newest versions that requirements/*.in allow, pinned and hashed
 	@cd requirements && for name in build ml benchmarks airflow cuda deployment; do \
