@@ -14,7 +14,7 @@ repository=/srv/git/detector.git
 fresh() { # the file, whole, with what the command prints, where there is none yet
   [ -s "$1" ] || { "${@:2}" >"$1.part" && mv "$1.part" "$1"; }
 }
-random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '\n'; } # Airflow takes a file's newline along
+random() { head -c "$1" /dev/urandom | base64 | tr '+/' '-_' | tr -d '\n'; } # Airflow takes a file's newline along
 
 [ -s "$server/id_rsa" ] || ssh-keygen -q -t ed25519 -N "" -C remotes -f "$server/id_rsa"
 [ -s "$client/id_ed25519" ] || ssh-keygen -q -t ed25519 -N "" -C workers -f "$client/id_ed25519"
@@ -22,9 +22,10 @@ for host in "[git]:2222" "[dvc]:2223"; do echo "$host $(cut -d ' ' -f 1,2 "$serv
 # People who fetch and push: AUTHORIZED_KEYS, their public keys, a line each.
 printf '%s\n' "$(cat "$client/id_ed25519.pub")" "${AUTHORIZED_KEYS:-}" >"$server/authorized_keys"
 
-for name in fernet_key api_secret_key jwt_secret; do fresh "$secrets/$name" random; done
+fresh "$secrets/fernet_key" random 32 # as Fernet asks
+for name in api_secret_key jwt_secret; do fresh "$secrets/$name" random 64; done
 fresh "$worker/jwt_secret" cat "$secrets/jwt_secret"
-fresh "$database/password" random
+fresh "$database/password" random 32
 chmod 755 "$database" && chmod 444 "$database/password"
 fresh "$secrets/database" printf %s "postgresql+psycopg2://airflow:$(cat "$database/password")@postgres:5432/airflow"
 
