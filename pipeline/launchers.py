@@ -180,10 +180,13 @@ def mpi_job(module: str, ranks: int, where: Local) -> str:
 
 
 def _pod(cluster: Kubernetes, container: Mapping[str, Any]) -> dict[str, Any]:
-    volume = {"name": "checkout", "persistentVolumeClaim": {"claimName": cluster.volume_claim}}
-    mount = {"name": "checkout", "mountPath": cluster.workdir}
-    whole = {"name": "main", "image": cluster.image, "workingDir": cluster.workdir, "volumeMounts": [mount]}
-    return {"spec": {"containers": [{**whole, **container}], "volumes": [volume]}}
+    volumes = [
+        {"name": "checkout", "persistentVolumeClaim": {"claimName": cluster.volume_claim}},
+        {"name": "memory", "emptyDir": {"medium": "Memory"}},  # NCCL's between ranks: a pod has 64 MB there by itself
+    ]
+    mounts = [{"name": "checkout", "mountPath": cluster.workdir}, {"name": "memory", "mountPath": "/dev/shm"}]  # noqa: S108
+    whole = {"name": "main", "image": cluster.image, "workingDir": cluster.workdir, "volumeMounts": mounts}
+    return {"spec": {"containers": [{**whole, **container}], "volumes": volumes}}
 
 
 def _given(block: Block | None) -> Block:

@@ -29,8 +29,8 @@ def read(path: Path) -> Any:
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the packages of requirements/deployment.txt, to import from."""
     folder = tmp_path_factory.mktemp("tools")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--target", folder]
-    subprocess.run([*install, "-r", ROOT / "requirements/deployment.txt"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--no-compile"]
+    subprocess.run([*install, "--target", folder, "-r", ROOT / "requirements/deployment.txt"], check=True)
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
