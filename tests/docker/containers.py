@@ -97,6 +97,13 @@ class Stack:
             line = self._line(name, self.services[name]["command"])
             self.running[name] = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
+    def revive(self) -> None:
+        """Starts what ended, as `restart: unless-stopped` asks."""
+        for name in [name for name, process in self.running.items() if process.poll() is not None]:
+            assert self.services[name]["restart"] == "unless-stopped", self.log(name)
+            del self.running[name]
+            self.up(name)
+
     def run(self, name: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command in a running service: `docker compose exec`."""
         started = self.running[name].pid

@@ -49,6 +49,7 @@ def test_a_retraining_goes_through_every_service_and_stays(tmp_path: Path) -> No
         deadline = time.monotonic() + 900
         while (state := stack.ask("GET", f"{DAG}/{run}", token=token)["state"]) in ("queued", "running"):
             assert time.monotonic() < deadline, stack.log("worker-data") + stack.log("worker-train")
+            stack.revive()
             time.sleep(2)
         tasks = stack.ask("GET", f"{DAG}/{run}/taskInstances", token=token)["task_instances"]
         assert state == "success", {task["task_id"]: task["state"] for task in tasks}
