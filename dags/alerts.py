@@ -32,7 +32,7 @@ def task_failed(context: Any) -> None:
 
 
 async def deadline_missed(**context: Any) -> None:
-    """Of a run that is not over in time. It goes on. The triggerer calls it."""
+    """Of a run that is late. It goes on. The triggerer calls it."""
     run = (context.get("context") or {}).get("dag_run") or {}
     words = f"{run.get('dag_id', 'a retraining')}: {run.get('dag_run_id', '')} is late, and goes on"
     log.error(words)

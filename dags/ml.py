@@ -31,7 +31,10 @@ ROOT = Path(__file__).parents[1]
 RETRY_EXIT = os.EX_TEMPFAIL  # pipeline.errors: told to stop, has saved what it did
 GRACE_SECONDS = 90  # from TERM to KILL; pipeline.work_trees gives a stage 60
 # Lines of libraries that tell a reader of the log nothing: shown at level debug alone.
-NOISE = re.compile(r"^([IWEF]\d{4} |WARNING: All log messages before absl|.*(Deprecation|Future|User)Warning\b|$)")
+NOISE = re.compile(
+    r"^([IWEF]\d{4} |WARNING: All log messages before absl|.*(Deprecation|Future|User)Warning\b|$"
+    r"|To track the changes with git|\tgit add|To enable auto staging|\tdvc config core|Use `dvc push`|Updating lock)"
+)
 OURS = ("AIRFLOW", "_AIRFLOW")  # variables with database, keys and connections: not for the ML environment
 
 log = logging.getLogger(__name__)
@@ -89,24 +92,30 @@ def _run(words: list[str], variables: Mapping[str, str], stdout: Any) -> tuple[l
         start_new_session=True,
     )
     lines = []
-    with _ended_with_the_task(process):
+    with _ended_with_the_task(process) as told:
         for line in process.stderr or ():
             lines.append(line.rstrip())
             log.log(logging.DEBUG if NOISE.match(lines[-1]) else logging.INFO, "%s", lines[-1])
-        return lines, process.wait()
+        status = process.wait()
+    return lines, RETRY_EXIT if told else status
 
 
 @contextlib.contextmanager
-def _ended_with_the_task(process: "subprocess.Popen[str]") -> Iterator[None]:
-    """TERM (the task is stopped, cleared or its worker shut down) is handed on; so ends a task that ran out of time."""
+def _ended_with_the_task(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
+    """TERM (the task is stopped, cleared or its worker shut down) is handed on; so ends a task that ran out of time.
+
+    Yields the signals that came.
+    """
+    told: list[int] = []
 
     def hand_on(number: int, frame: Any) -> None:
         log.warning("told to stop: the stage is given time to save what it did")
+        told.append(number)
         _signal(process, signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, hand_on)
     try:
-        yield
+        yield told
     except BaseException:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -126,7 +135,7 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 def error_of(module: str, lines: Sequence[str], status: int) -> str:
     """What went wrong, in the words of the command that met it first."""
     if status == RETRY_EXIT:
-        return "stopped, with its work saved: it goes on at the next try"
+        return "stopped: the next try goes on from what it saved"
     begins = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
     if begins is None:
         last = next((line for line in reversed(lines) if not NOISE.match(line)), "")

@@ -8,20 +8,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from airflow.sdk import get_current_context, task
+from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule, get_current_context, task
 
 from dags import form
 from dags.assets import CANDIDATE, OF_OUTPUT
 from dags.ml import forge_environment, git_remote, remotes_environment, run_ml
 
 METRICS = "metrics.json"
+REFUSED = RetryRule(SystemExit, RetryAction.FAIL)  # wrong however often it is tried; a machine that was lost is not
 
 log = logging.getLogger(__name__)
 
 
-@task(retries=0)
+@task(show_return_value_in_logs=False, retries=2, retry_policy=ExceptionRetryPolicy([REFUSED]))
 def prepare() -> dict[str, Any]:
-    """Pins what the run is: git revision, parameters, id. What it refuses is wrong however often it is tried."""
+    """Pins what the run is: git revision, parameters, id. It refuses what is wrong, and says why."""
     given = get_current_context()["params"]
     words = {
         "remote": git_remote(),
@@ -39,7 +40,7 @@ def prepare() -> dict[str, Any]:
     return run
 
 
-@task
+@task(show_return_value_in_logs=False)
 def run_stage(stage: str, run: dict[str, Any], upstream: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Reproduces one stage from what upstream gave, or takes it from the cache."""
     files = {"run.json": run, **{f"{result['stage']}.json": result for result in upstream}}
@@ -73,7 +74,7 @@ def average_precision(files: Mapping[str, str]) -> dict[str, Any]:
     return {"AP": content[content["gate"]["split"].split()[0]]["AP"]}
 
 
-@task(outlets=[CANDIDATE], retries=3)
+@task(show_return_value_in_logs=False, outlets=[CANDIDATE], retries=3)
 def publish(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The single writer: parameters, lock, metrics and report on a branch of its own, and a pull request."""
     files = {"run.json": run, **{f"{result['stage']}.json": result for result in results}}

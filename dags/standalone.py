@@ -24,12 +24,12 @@ HOME = ROOT / ".airflow"
 HUB, STORE = HOME / "remote.git", HOME / "store"
 ADDRESS = HOME / "address"  # where the running one listens
 USER = "admin"
-# The scheduler goes first: what it runs saves its work, and tells the API so.
+# In the order in which they start; they end in the other, so that a task that is stopped finds the API to say so.
 PARTS = {
-    "scheduler": ["scheduler", "--skip-serve-logs"],  # logs are read from disk; their server would listen everywhere
-    "triggerer": ["triggerer", "--skip-serve-logs"],
-    "dag-processor": ["dag-processor"],
     "api-server": ["api-server"],
+    "dag-processor": ["dag-processor"],
+    "triggerer": ["triggerer", "--skip-serve-logs"],  # logs are read from disk; their server would listen everywhere
+    "scheduler": ["scheduler", "--skip-serve-logs"],
 }
 START_SECONDS, STOP_SECONDS = 180, 90
 
@@ -93,7 +93,7 @@ def set_up(variables: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def running(variables: Mapping[str, str]) -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
-    """All parts, each in a process group of its own; ended in order at the end."""
+    """All parts, each in a process group of its own."""
     parts: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, words in PARTS.items():
@@ -102,9 +102,10 @@ def running(variables: Mapping[str, str]) -> Iterator[dict[str, "subprocess.Pope
                     airflow(*words), env=dict(variables), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                     cwd=ROOT, start_new_session=True,
                 )  # fmt: skip
+            wait(variables["AIRFLOW__API__BASE_URL"], parts, {"metadatabase"})  # a task that finds no API fails
         yield parts
     finally:
-        for process in parts.values():
+        for process in reversed(parts.values()):
             end(process)
 
 
@@ -118,15 +119,15 @@ def end(process: "subprocess.Popen[Any]") -> None:
             return
 
 
-def wait_until_healthy(address: str, parts: Mapping[str, "subprocess.Popen[bytes]"]) -> None:
-    """Until the API says that scheduler, triggerer and DAG processor run."""
+def wait(address: str, parts: Mapping[str, "subprocess.Popen[bytes]"], names: set[str]) -> None:
+    """Until the API says that all of these are healthy."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         check_alive(parts)
         with contextlib.suppress(OSError, ValueError):
             with urllib.request.urlopen(f"{address}/api/v2/monitor/health", timeout=5) as answer:  # noqa: S310 ours
-                states = {name: part["status"] for name, part in json.load(answer).items()}
-            if set(states.values()) == {"healthy"}:
+                states = json.load(answer)
+            if all(states[name]["status"] == "healthy" for name in names):
                 return
         time.sleep(0.5)
     sys.exit(f"error: Airflow did not start within {START_SECONDS} s; {HOME}/*.log say why")
@@ -171,7 +172,7 @@ def main() -> None:
         signal.signal(number, stop)
     with running(variables) as parts:
         print("starting Airflow", flush=True)
-        wait_until_healthy(address, parts)
+        wait(address, parts, {"metadatabase", "scheduler", "triggerer", "dag_processor"})
         ADDRESS.write_text(address)
         print(f"\nAirflow is ready: {address}\nuser {USER}, password {password()}\n")
         print("`make retrain` in another terminal trains; Ctrl-C here ends Airflow", flush=True)

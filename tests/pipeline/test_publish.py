@@ -53,6 +53,7 @@ def test_prepare_pins_a_commit_of_a_branch_and_checked_parameters(team: Team) ->
     assert (found.revision, found.base, found.reason) == (pushed, "main", "more data")
     assert "rate: 0.25" in found.params
     assert prepare(str(team.hub), pushed[:10], machine, reason="by commit").base == "main"
+    assert prepare(str(team.hub), None, machine, reason="the default branch").revision == pushed
     with pytest.raises(PipelineError, match=r"train\.rate: expected a fraction"):
         prepare(str(team.hub), "main", machine, reason="wrong", overrides={"train.rate": "$(touch /tmp/x)"})
     with pytest.raises(PipelineError, match=r"train\.rat: no such key"):
@@ -81,20 +82,22 @@ def test_a_run_becomes_one_commit_on_its_branch_and_stays_it(team: Team) -> None
     machine = team.machine("a")
     request = team.request("one", seed=7)
     results = run_all(request, machine)
-    (team.folder / "report").write_text("# Better\n")
-    found = publish(request, list(results.values()), team.machine("b"), team.folder / "report")
+    found = publish(request, list(results.values()), team.machine("b"))
     assert (found.branch, found.base, found.behind, found.pull_request) == ("retrain/one", "main", "", "")
     lock = read_lock(on_hub(team, found.branch, "dvc.lock"))
     assert lock == {name: results[name].entry for name in STAGES}
     assert "seed: 7" in on_hub(team, found.branch, "params.yaml")
-    assert on_hub(team, found.branch, "report.md") == "# Better\n"
+    assert (found.decision, found.split, found.AP, found.table) == ("", "", None, "")  # it has no metrics.json
+    report = on_hub(team, found.branch, "report.md")
+    assert report.startswith(f"# Review of this branch against commit {request.revision[:8]}")
+    assert "| `seed` | 1 | 7 |" in report
     changed = Repository(team.hub).run("git", "diff", "--name-only", "main", found.branch).split()
     assert changed == ["dvc.lock", "params.yaml", "report.md"]  # scores.json came out the same
     assert "Retraining-Run: one" in Repository(team.hub).run("git", "log", "-1", "--format=%B", found.branch)
-    assert publish(request, list(results.values()), machine, team.folder / "report") == found  # a retry
-    (team.folder / "report").write_text("# Worse\n")
-    with pytest.raises(PipelineError, match=r"retrain/one: published already, with other report\.md"):
-        publish(request, list(results.values()), machine, team.folder / "report")
+    assert publish(request, list(results.values()), machine) == found  # a retry
+    other = team.request("one", seed=8)
+    with pytest.raises(PipelineError, match=r"retrain/one: published already, with other dvc\.lock, params\.yaml"):
+        publish(other, list(run_all(other, machine).values()), machine)
     with pytest.raises(PipelineError, match="one is published already, as retrain/one"):
         prepare(str(team.hub), "main", machine, reason="again", run_id="one")
 

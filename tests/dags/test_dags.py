@@ -1,0 +1,153 @@
+"""The DAGs as Airflow loads them, in an environment without TensorFlow and DVC, against dvc.yaml and params.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import form
+from tests.dags.airflow_site import PYTHON, ROOT
+
+pytestmark = pytest.mark.system
+
+STAGES = ["download", "validate", "shard", "train", "evaluate", "promote"]
+ALL_SETTINGS = "{queue: gpu, pool: training, retries: 4, timeout_minutes: 90, executor: EdgeExecutor}"
+REFUSED = {
+    "0 is less than the minimum": {"train.epochs": 0},
+    "'two' is not of type 'null', 'integer'": {"train.epochs": "two"},
+    "'$(id)' is not one of": {"recipe": "$(id)"},
+    "'../params' is not one of": {"recipe": "../params"},
+    "does not match": {"revision": "--upload-pack=touch /tmp/x"},
+    "should be non-empty": {"reason": ""},
+    "'train.rate' was unexpected": {"overrides": {"train.rate": 0.1}},
+    "'`id`' is not of type 'number'": {"overrides": {"train.momentum": "`id`"}},
+    "2 is greater than the maximum of 1": {"overrides": {"train.momentum": 2}},
+}
+TAKEN = [
+    {"train.epochs": 3, "train.schedule_epochs": 3, "revision": "main", "recipe": "synthetic"},
+    {"overrides": {"shard.reencode": None, "train.augment.mosaic": 0.5, "model.image_size": [128, 128]}},
+]
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    folder = tmp_path_factory.mktemp("airflow")
+    (folder / "dvc.yaml").write_text(
+        f"stages:\n  a:\n    cmd: a\n    meta:\n      airflow: {ALL_SETTINGS}\n  b:\n    cmd: b\n"
+    )
+    confs = json.dumps([*REFUSED.values(), *TAKEN])
+    environment = {"AIRFLOW_HOME": str(folder), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "PYTHONPATH": str(ROOT)}
+    line = [PYTHON, ROOT / "tests/dags/look.py", ROOT / "dags", folder / "dvc.yaml", confs]
+    done = subprocess.run(line, env={**environment, "PATH": os.defpath}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.fixture(scope="module")
+def tasks(airflow: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: dict[str, Any] = airflow["dags"]["efficientdet_retrain"]["tasks"]
+    return found
+
+
+def test_the_dags_load_without_the_ml_environment(airflow: Mapping[str, Any]) -> None:
+    assert airflow["errors"] == {}
+    assert airflow["dags"]["efficientdet_retrain"]["serialized"] == "efficientdet_retrain"
+    assert airflow["dags"]["efficientdet_retrain"]["callbacks"]
+
+
+def test_edges_are_those_of_dvc_dag(tasks: Mapping[str, Any]) -> None:
+    drawn = subprocess.run(["dvc", "dag", "--dot"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    edges = set(re.findall(r'"(\S+)" -> "(\S+)"', drawn))
+    of_stages = {edge for edge in edges if set(edge) <= set(STAGES)}
+    assert ("download", "validate") in of_stages
+    ours = {(name, other) for name in STAGES for other in tasks[name]["downstream"] if other in STAGES}
+    assert ours == of_stages
+    assert set(tasks) == {"prepare", *STAGES, "publish"}
+    assert set(tasks["prepare"]["downstream"]) == {*STAGES, "publish"}
+    assert all("publish" in tasks[name]["downstream"] for name in STAGES)
+
+
+def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    assert airflow["stages"] == {
+        "a": {
+            "queue": "gpu",
+            "pool": "training",
+            "retries": 4,
+            "executor": "EdgeExecutor",
+            "execution_timeout": "1:30:00",
+        },
+        "b": {},
+    }  # fmt: skip
+    assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (3, 20160 * 60)
+    assert tasks["train"]["outlets"] == ["model"]
+    assert tasks["publish"]["outlets"] == ["candidate"]
+
+
+def test_every_task_and_dag_says_what_it_does(airflow: Mapping[str, Any]) -> None:
+    for dag in airflow["dags"].values():
+        assert dag["docs"]
+        assert all(task["docs"] for task in dag["tasks"].values())
+    assert "report.md" in airflow["dags"]["efficientdet_retrain"]["docs"]
+
+
+def test_the_form_takes_what_params_py_takes(airflow: Mapping[str, Any]) -> None:
+    for words, told in zip(REFUSED, airflow["refused"], strict=False):
+        assert words in told
+    assert airflow["refused"][len(REFUSED) :] == [""] * len(TAKEN)
+    shown = airflow["dags"]["efficientdet_retrain"]["params"]
+    assert shown["train.precision"]["schema"]["enum"] == [None, "float32", "mixed_float16", "mixed_bfloat16"]
+    assert shown["train.batch_size"]["description"].startswith("Images a rank works on at a time.")
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert set(shown["recipe"]["schema"]["enum"]) == {None, *recipes}
+
+
+def test_the_forms_file_is_that_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert json.loads(form.FORM_FILE.read_text()) == form.parameters(), "run `python -m pipeline.form`"
+
+
+def call(*words: str, variables: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """run_ml in Airflow's Python."""
+    environment = {"AIRFLOW_HOME": variables["AIRFLOW_HOME"], "PYTHONPATH": str(ROOT), "ML_PYTHON": sys.executable}
+    return subprocess.Popen(
+        [PYTHON, ROOT / "tests/dags/call_ml.py", *words],
+        env={**environment, "PATH": os.environ["PATH"], **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_a_command_gets_words_as_they_are_and_no_secret_of_airflow(tmp_path: Path) -> None:
+    variables = {"AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__FERNET_KEY": "", "AIRFLOW_CONN_X": "http://u:p@h"}
+    odd = "$(touch pwned) `id` ; \"'\n--x"
+    told, _ = call("answer", odd, variables=variables).communicate(timeout=120)
+    answer = json.loads(told.splitlines()[-1])
+    assert answer["arguments"][1] == odd
+    assert answer["run"] == {"a": 1}
+    assert not [name for name in answer["variables"] if name.startswith("AIRFLOW")]
+    assert "MINE" in answer["variables"]
+    told, _ = call("fail", variables=variables).communicate(timeout=120)
+    assert "error: params.yaml: a is wrong\nparams.yaml: b is wrong" in told  # whole, and without what follows it
+    assert told.splitlines()[-1] == "error: params.yaml: a is wrong"
+    assert "Traceback" not in told
+    assert "To track the changes" not in told
+
+
+@pytest.mark.parametrize("number", [15, 9])
+def test_a_task_that_is_ended_ends_its_command(tmp_path: Path, number: int) -> None:
+    marks = tmp_path / "marks"
+    process = call("wait", str(marks), variables={"AIRFLOW_HOME": str(tmp_path)})
+    assert process.stdout is not None
+    while "waits" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    told, _ = process.communicate(timeout=60)  # which also waits for the command: it holds the output
+    assert marks.read_text() == "told to stop"
+    if number == 15:
+        assert told.splitlines()[-1] == "stopped: the next try goes on from what it saved"
