@@ -14,12 +14,9 @@ trap 'rm -rf "$scratch"' EXIT
 
 tensorflow=$("$python" -c 'import tensorflow; print(tensorflow.sysconfig.get_include())')
 
-# Horovod 0.28.1 includes headers that TensorFlow 2.21 ships elsewhere: two libraries moved below external/, and the
-# XLA builder, to which one forwarding header leads.
-mkdir -p "$scratch/include/tensorflow/compiler/xla/client"
-echo '#include "xla/hlo/builder/xla_builder.h"' >"$scratch/include/tensorflow/compiler/xla/client/xla_builder.h"
+# Horovod 0.28.1 includes headers of two libraries that TensorFlow 2.21 ships elsewhere, below external/.
 external=$tensorflow/external
-export CPATH=$scratch/include:$external/highwayhash:$external/farmhash_archive/src${CPATH:+:$CPATH}
+export CPATH=$external/highwayhash:$external/farmhash_archive/src${CPATH:+:$CPATH}
 # Its copy of Gloo uses the types of <cstdint> without including it, which gcc 13 no longer forgives, and asks for a
 # CMake so old that CMake 4 refuses.
 export CXXFLAGS="-include cstdint ${CXXFLAGS:-}"
@@ -62,7 +59,9 @@ sed -i '/::InitializeForProcessSet/,$ s/= gloo_iface_;/= global_context.gloo_ifa
 grep -q 'global_ranks_\.resize(size_)' "$gloo/gloo_controller.cc" && grep -q '= global_context\.gloo_iface_;' "$gloo/gloo_context.cc" ||
   { echo "$gloo: is not as in Horovod 0.28.1; see whether it still needs the two changes" >&2; exit 1; }
 
-# One fault with GPUs: it calls a function of TensorFlow's that 2.21 no longer has, so that no process could load it.
+# Its operations for XLA do not compile with TensorFlow 2.21; without GPUs that file is empty. Training calls none of them.
+sed -i '/xla_mpi_ops\.cc/d' "$source/horovod/tensorflow/CMakeLists.txt"
+# With GPUs it calls a function of TensorFlow's that 2.21 no longer has, so that no process could load it.
 if [ "${HOROVOD_GPU_OPERATIONS:-}" = NCCL ]; then
   operations=$source/horovod/tensorflow/mpi_ops.cc
   declared='GpuStreamHandle AsGpuStreamValue(Stream\* stream);'

@@ -7,9 +7,11 @@ are given. Needs root, ip, mount and unshare, and for the file's PostgreSQL init
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -106,9 +108,7 @@ class Stack:
 
     def run(self, name: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command in a running service: `docker compose exec`."""
-        started = self.running[name].pid
-        children = Path(f"/proc/{started}/task/{started}/children").read_text().split()
-        inside = ["nsenter", f"--target={(children or [started])[0]}", "--mount", "--pid", "--uts", "--net", "--"]
+        inside = ["nsenter", f"--target={self._first_process(name)}", "--mount", "--pid", "--uts", "--net", "--"]
         given = [f"{key}={value}" for key, value in self._environment(name).items()]
         line = [*inside, "env", "-i", "--chdir=/opt/effdet", *given, *command]
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
@@ -137,13 +137,22 @@ class Stack:
             self.ended.add(name)
 
     def down(self) -> None:
-        """Ends all services, as `docker compose down` does."""
-        for process in self.running.values():
-            process.kill()  # the first process of a namespace takes the others with it
-        for process in self.running.values():
-            process.wait(timeout=30)
+        """Ends all services, as `docker compose down` does: TERM to each first process, and KILL for what stays."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for name, process in self.running.items():
+                if process.poll() is None:
+                    os.kill(self._first_process(name), number)
+            deadline = time.monotonic() + 15
+            while time.monotonic() < deadline and any(process.poll() is None for process in self.running.values()):
+                time.sleep(0.2)
         self.running.clear()
         self.ended.clear()
+
+    def _first_process(self, name: str) -> int:
+        """Of a service's namespace; in this machine's numbers."""
+        started = self.running[name].pid
+        children = Path(f"/proc/{started}/task/{started}/children").read_text().split()
+        return int((children or [started])[0])
 
     def log(self, name: str) -> str:
         return f"{name}: {(self.folder / f'{name}.log').read_text()[-5000:]}"
