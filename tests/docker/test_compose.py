@@ -67,6 +67,7 @@ def test_a_retraining_goes_through_every_service_and_stays(tmp_path: Path) -> No
         stack.down()
         for name in ("api-server", "git"):
             stack.up(name)
+            stack.wait_until_healthy(name)
         assert stack.ask("GET", f"{DAG}/{run}", token=log_in(stack))["state"] == "success"
         assert {path: path.read_bytes() for path in (tmp_path / "stack" / "secrets").iterdir()} == keys
         assert git(hub, "rev-parse", "main") == head
