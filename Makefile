@@ -4,7 +4,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check docs hooks pins audit clean
+.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check docs hooks images pins \
+	audit clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -28,7 +29,8 @@ pip-install := .venv/bin/python -m pip install --require-hashes --no-deps
 
 # The stamps bear the hash of what they were made from, and are set last: other pins, or an interrupted set-up, have none.
 PACKAGES := .venv/packages-$(shell cat requirements/build.txt requirements/ml.txt | sha256sum | cut -c -12)
-HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_horovod.sh; command -v mpicxx || true; \
+GPU := $(if $(HOROVOD_GPU_OPERATIONS),requirements/cuda.txt)
+HOROVOD := .venv/horovod-$(shell { cat requirements/horovod.txt docker/build_horovod.sh $(GPU); command -v mpicxx || true; \
 	echo "$${HOROVOD_GPU_OPERATIONS:-}"; } | sha256sum | cut -c -12)
 
 TOOLS := .venv-tools/packages-$(shell sha256sum requirements/tools.txt | cut -c -12)
@@ -50,6 +52,7 @@ $(PACKAGES):
 $(HOROVOD): $(PACKAGES)
 	@$(check-prerequisites)
 	@rm -f .venv/horovod-*
+	$(if $(GPU),$(pip-install) -r $(GPU))
 	docker/build_horovod.sh .venv/bin/python
 	@touch $@
 
@@ -123,12 +126,22 @@ hooks: setup $(TOOLS) ## git runs lint before each commit, from the locked envir
 # --strict: a package that the index knows nothing of is a failure, not a pass. What was looked into and accepted stands
 # with its reason in a table of docs/supply_chain.md.
 audit: $(TOOLS) ## known vulnerabilities of the pins, by PyPI's data
-	for name in build ml horovod airflow tools; do echo "requirements/$$name.txt"; \
+	for name in build ml horovod airflow cuda deployment tools; do echo "requirements/$$name.txt"; \
 		.venv-tools/bin/pip-audit --strict --disable-pip --require-hashes -r requirements/$$name.txt \
 			$$(sed -nE 's/^\| ((GHSA|PYSEC|CVE)-[^ ]+) .*/--ignore-vuln \1/p' docs/supply_chain.md); done
 
+ENGINE ?= docker
+BASE_IMAGE ?= docker.io/library/debian:bookworm-slim
+CUDA ?=
+VERSION ?= $(shell git describe --always --dirty)
+images: ## train, airflow and worker, by ENGINE=docker or buildah; CUDA=nvidia/cuda:12.9.1-devel-ubuntu22.04 for GPUs
+	for target in train airflow worker; do $(ENGINE) build $(if $(filter buildah,$(ENGINE)),--format docker) \
+		--build-arg "BASE=$(BASE_IMAGE)" --build-arg "CUDA=$(CUDA)" --build-arg "VERSION=$(VERSION)" \
+		--build-arg "REVISION=$$(git rev-parse HEAD)" --target "$$target" --file docker/Dockerfile \
+		--tag "effdet-$$target$(if $(CUDA),-cuda):$(VERSION)" .; done
+
 pins: setup ## the newest versions that requirements/*.in allow, pinned and hashed
-	@cd requirements && for name in build ml benchmarks airflow tools; do \
+	@cd requirements && for name in build ml benchmarks airflow cuda deployment tools; do \
 		UV_CUSTOM_COMPILE_COMMAND="make pins" uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
 			--python-version 3.11 --output-file $$name.txt $$name.in >/dev/null; done
 	@git --no-pager diff --stat -- requirements

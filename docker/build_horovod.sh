@@ -3,7 +3,8 @@
 #
 #   docker/build_horovod.sh .venv/bin/python
 #
-# Gloo is always in; MPI where mpicxx is found; NCCL where the caller sets HOROVOD_GPU_OPERATIONS=NCCL.
+# Gloo is always in; MPI where mpicxx is found; NCCL where the caller sets HOROVOD_GPU_OPERATIONS=NCCL: that needs the
+# packages of requirements/cuda.txt, and nvcc on PATH or in HOROVOD_CUDA_HOME/bin.
 set -euo pipefail
 
 python=$1
@@ -13,12 +14,9 @@ trap 'rm -rf "$scratch"' EXIT
 
 tensorflow=$("$python" -c 'import tensorflow; print(tensorflow.sysconfig.get_include())')
 
-# Horovod 0.28.1 includes headers that TensorFlow 2.21 ships elsewhere: two libraries moved below external/, and the
-# XLA builder, to which one forwarding header leads.
-mkdir -p "$scratch/include/tensorflow/compiler/xla/client"
-echo '#include "xla/hlo/builder/xla_builder.h"' >"$scratch/include/tensorflow/compiler/xla/client/xla_builder.h"
+# Horovod 0.28.1 includes headers of two libraries that TensorFlow 2.21 ships elsewhere, below external/.
 external=$tensorflow/external
-export CPATH=$scratch/include:$external/highwayhash:$external/farmhash_archive/src${CPATH:+:$CPATH}
+export CPATH=$external/highwayhash:$external/farmhash_archive/src${CPATH:+:$CPATH}
 # Its copy of Gloo uses the types of <cstdint> without including it, which gcc 13 no longer forgives, and asks for a
 # CMake so old that CMake 4 refuses.
 export CXXFLAGS="-include cstdint ${CXXFLAGS:-}"
@@ -32,6 +30,16 @@ if command -v mpicxx >/dev/null; then
   export HOROVOD_WITH_MPI=1
 else
   export HOROVOD_WITHOUT_MPI=1
+fi
+
+# NCCL is the one that TensorFlow loads: its headers and its library lie in its package, where the linker finds no
+# libnccl.so, and at run time Horovod would find no libnccl.so.2.
+if [ "${HOROVOD_GPU_OPERATIONS:-}" = NCCL ]; then
+  nccl=$("$python" -c 'import nvidia.nccl; print(*nvidia.nccl.__path__)')
+  mkdir "$scratch/nccl"
+  ln -s "$nccl/lib/libnccl.so.2" "$scratch/nccl/libnccl.so"
+  export HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$scratch/nccl HOROVOD_NCCL_LINK=SHARED
+  export LDFLAGS="-Wl,-rpath,$nccl/lib ${LDFLAGS:-}"
 fi
 
 # No isolation: the build has to see this environment's TensorFlow and setuptools. No cache, and in place of what is
@@ -50,5 +58,17 @@ sed -i 's/global_ranks_\.reserve(size_)/global_ranks_.resize(size_)/' "$gloo/glo
 sed -i '/::InitializeForProcessSet/,$ s/= gloo_iface_;/= global_context.gloo_iface_;/' "$gloo/gloo_context.cc"
 grep -q 'global_ranks_\.resize(size_)' "$gloo/gloo_controller.cc" && grep -q '= global_context\.gloo_iface_;' "$gloo/gloo_context.cc" ||
   { echo "$gloo: is not as in Horovod 0.28.1; see whether it still needs the two changes" >&2; exit 1; }
+
+# Its operations for XLA do not compile with TensorFlow 2.21; without GPUs that file is empty. Training calls none of them.
+sed -i '/xla_mpi_ops\.cc/d' "$source/horovod/tensorflow/CMakeLists.txt"
+# With GPUs it calls a function of TensorFlow's that 2.21 no longer has, so that no process could load it.
+if [ "${HOROVOD_GPU_OPERATIONS:-}" = NCCL ]; then
+  operations=$source/horovod/tensorflow/mpi_ops.cc
+  declared='GpuStreamHandle AsGpuStreamValue(Stream\* stream);'
+  defined='inline GpuStreamHandle stream_executor::gpu::AsGpuStreamValue(Stream* stream) {\n'
+  defined+='  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);\n}'
+  grep -q "^$declared" "$operations" || { echo "$operations: is not as in Horovod 0.28.1" >&2; exit 1; }
+  sed -i "s/^$declared/inline &/; s|^#include \"tensorflow/compiler/xla/stream_executor/stream.h\"|&\n$defined|" "$operations"
+fi
 
 "${pip[@]}" install --force-reinstall "${options[@]}" "$source"

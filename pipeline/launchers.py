@@ -20,6 +20,7 @@ from pipeline.local import PREFIX, Kubernetes, Local
 Block = TypeVar("Block")
 
 WORKER = "--worker"  # tells a module that it was started as a rank
+SSH_KEYS = "/home/effdet/.ssh"  # where the image's user, who is not root, and its sshd look for them: docker/Dockerfile
 SLURM_LOG = Path("data/logs/slurm-%j.log")  # what the job says; %j: its number
 
 # The variables of this process that ranks on other machines need too, where a launcher does not hand on all.
@@ -163,6 +164,7 @@ def mpi_job(module: str, ranks: int, where: Local) -> str:
         "metadata": {"generateName": f"{job_name(module)}-", "namespace": cluster.namespace},
         "spec": {
             "slotsPerWorker": slots,
+            "sshAuthMountPath": SSH_KEYS,
             "runPolicy": {"backoffLimit": 0, "cleanPodPolicy": "Running"},
             "mpiReplicaSpecs": {
                 "Launcher": {"replicas": 1, "restartPolicy": "Never", "template": _pod(cluster, {"command": line})},
@@ -178,10 +180,13 @@ def mpi_job(module: str, ranks: int, where: Local) -> str:
 
 
 def _pod(cluster: Kubernetes, container: Mapping[str, Any]) -> dict[str, Any]:
-    volume = {"name": "checkout", "persistentVolumeClaim": {"claimName": cluster.volume_claim}}
-    mount = {"name": "checkout", "mountPath": cluster.workdir}
-    whole = {"name": "main", "image": cluster.image, "workingDir": cluster.workdir, "volumeMounts": [mount]}
-    return {"spec": {"containers": [{**whole, **container}], "volumes": [volume]}}
+    volumes = [
+        {"name": "checkout", "persistentVolumeClaim": {"claimName": cluster.volume_claim}},
+        {"name": "memory", "emptyDir": {"medium": "Memory"}},  # NCCL's between ranks: a pod has 64 MB there by itself
+    ]
+    mounts = [{"name": "checkout", "mountPath": cluster.workdir}, {"name": "memory", "mountPath": "/dev/shm"}]  # noqa: S108
+    whole = {"name": "main", "image": cluster.image, "workingDir": cluster.workdir, "volumeMounts": mounts}
+    return {"spec": {"containers": [{**whole, **container}], "volumes": volumes}}
 
 
 def _given(block: Block | None) -> Block:

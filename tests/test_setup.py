@@ -50,6 +50,8 @@ class Machine:
         """What the Horovod script changes of Horovod's source, packed."""
         gloo = folder / "horovod-0.28.1" / "horovod" / "common" / "gloo"
         gloo.mkdir(parents=True)
+        (folder / "horovod-0.28.1" / "horovod" / "tensorflow").mkdir()
+        (folder / "horovod-0.28.1" / "horovod" / "tensorflow" / "CMakeLists.txt").write_text("xla_mpi_ops.cc\n")
         (gloo / "gloo_controller.cc").write_text("global_ranks_.reserve(size_);\n")
         (gloo / "gloo_context.cc").write_text("::InitializeForProcessSet\n device_attr.iface = gloo_iface_;\n")
         with tarfile.open(folder / "horovod.tar.gz", "w:gz") as archive:
