@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.dags import small_repository
 from tests.dags.airflow_site import DAG, PYTHON, ROOT, Site, until
@@ -87,9 +88,7 @@ def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
             check_finished(site, first, second, hub)
             check_gone_on(site, first)
             check_refused(site, refused)
-            assert [pull["title"] for pull in forge.pulls] == ["Retrain: first", "Retrain: $(id)"] or len(
-                forge.pulls
-            ) == 2
+            assert {pull["title"] for pull in forge.pulls} == {"Retrain: first", "Retrain: $(id)"}
             stop_one_that_trains(site, {"train.seed": 3})
             check_nothing_told(site, tmp_path, [SECRET, small_forge.TOKEN])
         check_all_cached(tmp_path, {**machine("d"), **connections}, FIRST)
@@ -116,9 +115,8 @@ def check_finished(site: Site, first: str, second: str, hub: Path) -> None:
         results = {stage: site.answer(run, stage) for stage in STAGES}
         candidate = site.answer(run, "publish")
         lock = git(hub, "show", f"{candidate['branch']}:dvc.lock")
-        params = git(hub, "show", f"{candidate['branch']}:params.yaml")
-        assert f"\n  epochs: {epochs}\n" in params
-        assert f"\n  seed: {seed}\n  augment:" in params
+        train = YAML(typ="safe").load(git(hub, "show", f"{candidate['branch']}:params.yaml"))["train"]
+        assert (train["epochs"], train["seed"]) == (epochs, seed)
         told = {event["name"]: event["extra"] for event in events if event["source_run_id"] == run}
         for stage, path, asset in (
             ("download", "data/raw", "raw_data"),
