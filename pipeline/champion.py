@@ -81,6 +81,19 @@ def require_bundle() -> None:
         raise PipelineError(f"{BUNDLE}: the champion's bundle is not here; run `dvc pull {BUNDLE}`")
 
 
+def read_bundle(champion: Champion) -> tuple[StoredModel, Mapping[str, Any]]:
+    """The champion's model and its post-processing. PipelineError where champion/ has another one."""
+    stored = read_model(BUNDLE)
+    nms = read_json(BUNDLE / "provenance.json", "provenance of the champion").get("post_processing")
+    made = detector(stored, nms)
+    if made != champion.decision.candidate.detector:
+        raise PipelineError(
+            f"{BUNDLE}: is the model {made}, and {CHAMPION} says {champion.decision.candidate.detector}; "
+            f"run `dvc checkout {BUNDLE}`"
+        )
+    return stored, nms
+
+
 def detector(stored: StoredModel, nms: Mapping[str, Any]) -> str:
     """sha256 of all that makes detections: the same hash is the same model."""
     makes_it = {
@@ -95,22 +108,18 @@ def detector(stored: StoredModel, nms: Mapping[str, Any]) -> str:
 
 def compare(
     champion: Champion, candidate: Judged, found: Detections, manifest: Mapping[str, Any], settings: params.Bootstrap
-) -> tuple[list[Rule], Incumbent | None, str | None]:
+) -> tuple[list[Rule], Incumbent | None]:
     """The champion on the candidate's ground truth, and what must hold for that: rules, the last of them may fail.
 
-    found: the candidate's detections. The text says what is wrong with a champion that cannot be judged.
+    found: the candidate's detections.
     """
     rules = [_same_classes(candidate, champion.decision.candidate)]
     if not rules[0].passed:
-        return rules, None, None
+        return rules, None
     try:
         theirs = detections(champion, candidate, manifest)
     except PipelineError as error:
-        return (
-            [*rules, must("the champion can be judged on this ground truth", "it cannot", "it can")],
-            None,
-            str(error),
-        )
+        return [*rules, must("the champion can be judged on this ground truth", str(error), "it can")], None
     intervals = bootstrap.difference(ground_truth_path(candidate.split), found, theirs, **settings.model_dump())
     names = labels(candidate.classes)
     by_category = {row.category_id: names[row.class_id] for row in candidate.classes}
@@ -131,7 +140,7 @@ def compare(
         metrics={name: _rounded(one) for name, one in intervals.metrics.items()},
         per_class={name: _rounded(one) for name, one in per_class.items()},
     )
-    return rules, Incumbent(figures, differences), None
+    return rules, Incumbent(figures, differences)
 
 
 def _same_classes(candidate: Judged, champion: Judged) -> Rule:
@@ -169,14 +178,7 @@ def detections(champion: Champion, candidate: Judged, manifest: Mapping[str, Any
             )
         rows: Detections = read_json(DETECTIONS, "detections of the champion")
         return rows
-    stored = read_model(BUNDLE)
-    nms = read_json(BUNDLE / "provenance.json", "provenance of the champion").get("post_processing")
-    made = detector(stored, nms)
-    if made != champion.decision.candidate.detector:
-        raise PipelineError(
-            f"{BUNDLE}: is the model {made}, and {CHAMPION} says {champion.decision.candidate.detector}; "
-            f"run `dvc checkout {BUNDLE}`"
-        )
+    stored, nms = read_bundle(champion)
     if stored.apply_exif != manifest["apply_exif"]:
         raise PipelineError(
             f"{BUNDLE}: takes pictures with data.apply_exif {stored.apply_exif}, and the data has "

@@ -133,7 +133,7 @@ hardware stand in `provenance.json`:
 
 ## Metrics
 
-COCO's, by pycocotools, over every image of a split.
+COCO's, over every image of a split.
 {% for name, split in judged.items() %}
 {{ name | capitalize }} was {{ split.used_for }}.
 {% endfor %}

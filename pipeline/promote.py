@@ -68,9 +68,7 @@ def judge(
     if incumbent:
         paths.append(champion.BUNDLE / saved_model)
         found = read_json(EVALUATION / f"detections_{candidate.split}.json", "detections")
-        checks, against, fault = champion.compare(incumbent, candidate, found, manifest, limits.bootstrap)
-        if fault:
-            print(f"the champion cannot be judged: {fault}", file=sys.stderr)
+        checks, against = champion.compare(incumbent, candidate, found, manifest, limits.bootstrap)
     ran, *theirs = run_in_turn(paths, images)
     for whose, one in zip(("candidate", "champion"), (ran, *theirs), strict=False):
         if one.fault:
@@ -128,6 +126,7 @@ def main() -> None:
     same = incumbent is not None and incumbent.decision.candidate.detector == candidate.detector
     with written_whole(OUT) as folder:
         if incumbent and same:
+            champion.read_bundle(incumbent)
             decision = incumbent.decision
             shutil.copytree(champion.BUNDLE, folder)
         else:

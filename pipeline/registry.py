@@ -257,7 +257,7 @@ def history(html: Path | None) -> None:
 def push(remote: str) -> None:
     """Data first, then branch and tags at once: whoever sees the tag gets the model."""
     branch = _branch()
-    _show("dvc", "push")
+    _show("dvc", "push", "--run-cache")  # by its records pipeline.verify knows that a run made what dvc.lock holds
     tags = [f"refs/tags/{ARTIFACT}{mark}*:refs/tags/{ARTIFACT}{mark}*" for mark in "@#"]
     _run("git", "push", "--quiet", "--atomic", remote, f"HEAD:refs/heads/{branch}", *tags)
     print(f"pushed the data, {branch} and the tags of {ARTIFACT} to {remote}")
@@ -343,9 +343,8 @@ def _crown(version: Version, judge_anew: bool) -> None:
     except BaseException:
         _run("git", "reset", "--quiet", "--hard")  # the tree was clean
         _run("git", "clean", "--quiet", "--force", "-d", "-x", "--", str(CHAMPION_FOLDER))
-        subprocess.run(
-            ["dvc", "checkout", "--quiet", "--force", str(CHAMPION_FOLDER), RELEASE], capture_output=True, check=False
-        )
+        tracked = [str(path) for path in CHAMPION_FOLDER.glob("*.dvc")]
+        _run("dvc", "checkout", "--quiet", "--force", RELEASE, *tracked)
         raise
     print(f"{version.name} is the champion: commit {_run('git', 'rev-parse', 'HEAD')[:10]}")
 

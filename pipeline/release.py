@@ -69,9 +69,7 @@ def training_parameters(settings: Params) -> dict[str, Any]:
 
 def dvc_md5(folder: Path) -> str:
     """The hash of a folder's content as it stands in dvc.lock."""
-    files = sorted(
-        (path.relative_to(folder) for path in folder.rglob("*") if path.is_file()), key=lambda path: path.parts
-    )
+    files = sorted((path.relative_to(folder) for path in folder.rglob("*") if path.is_file()), key=Path.as_posix)
     entries = [
         {"md5": checksum(folder / path, "md5").removeprefix("md5:"), "relpath": path.as_posix()} for path in files
     ]

@@ -201,6 +201,24 @@ def test_promotion_that_breaks_off_leaves_nothing_and_goes_on(place, command, mo
     assert len(registry.versions()) == 1
 
 
+def test_a_second_promotion_that_breaks_off_leaves_the_first(place, command, monkeypatch):
+    repo = place / "repo"
+    command("promote")
+    commit_candidate(repo, 0.6, 2)
+    held = {path: path.read_bytes() for path in sorted((repo / "champion").rglob("*")) if path.is_file()}
+    released = (repo / "data/release/decision.json").read_bytes()
+
+    def broken(*line):
+        (repo / "data/release/decision.json").unlink()
+        raise PipelineError("a full disk")
+
+    monkeypatch.setattr(registry, "_show", broken)
+    with pytest.raises(PipelineError, match="a full disk"):
+        command("promote")
+    assert {path: path.read_bytes() for path in sorted((repo / "champion").rglob("*")) if path.is_file()} == held
+    assert (repo / "data/release/decision.json").read_bytes() == released
+
+
 def test_champion_that_the_tags_do_not_know(place, command):
     command("promote")
     run(place / "repo", "git", "tag", "-d", "detector#prod#1")

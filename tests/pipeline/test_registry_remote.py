@@ -49,5 +49,7 @@ def test_model_of_production_over_ssh(server, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "repo")
     assert (tmp_path / "store" / "files" / "md5").is_dir()
     clone(origin, tmp_path / "fresh")
+    monkeypatch.chdir(tmp_path / "fresh")
+    assert not verify(read_lock(Path("dvc.lock").read_text())).warnings  # what a reviewer's machine says of main
     assert consume(tmp_path / "fresh", tmp_path / "got-from-clone") == 7
     assert consume(origin, tmp_path / "got") == 7
