@@ -135,7 +135,8 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 def error_of(module: str, lines: Sequence[str], status: int) -> str:
     """What went wrong, in the words of the command that met it first."""
     if status == RETRY_EXIT:
-        return "stopped: the next try goes on from what it saved"
+        generic = "stopped: the next try goes on from what it saved"
+        return next((line for line in lines if line.startswith("stopped: ")), generic)
     begins = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
     if begins is None:
         last = next((line for line in reversed(lines) if not NOISE.match(line)), "")

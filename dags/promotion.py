@@ -53,7 +53,7 @@ def question(found: dict[str, Any], report: str | None, override: str | None) ->
     return "\n\n".join(lines)
 
 
-@task(outlets=[PRODUCTION], retries=2)
+@task(outlets=[PRODUCTION], retries=10)  # an unproven model may be in production until one succeeds
 def promote(found: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """Tags, champion, push, smoke test; the way back where that fails. A killed try is made again, a refusal is not."""
     person = answer["responded_by_user"]
