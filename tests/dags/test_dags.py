@@ -150,6 +150,25 @@ def test_a_command_gets_words_as_they_are_and_no_secret_of_airflow(tmp_path: Pat
     assert "To track the changes" not in told
 
 
+def told_by_airflow(code: str, folder: Path) -> str:
+    """What the code prints in Airflow's Python."""
+    environment = {"AIRFLOW_HOME": str(folder), "PYTHONPATH": str(ROOT), "PATH": os.defpath}
+    done = subprocess.run([PYTHON, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_of_candidates_that_came_at_once_the_newest_accepted_one_is_asked_about(tmp_path: Path) -> None:
+    code = """\
+from types import SimpleNamespace
+from dags.promotion import published
+came = [(3, "rejected"), (2, "accepted"), (4, "rejected"), (1, "accepted")]
+events = [SimpleNamespace(timestamp=when, extra={"branch": when, "decision": what}) for when, what in came]
+print([one["branch"] for one in published(events)])
+"""
+    assert told_by_airflow(code, tmp_path) == "[3, 4, 1, 2]\n"
+
+
 @pytest.mark.parametrize("number", [15, 9])
 def test_a_task_that_is_ended_ends_its_command(tmp_path: Path, number: int) -> None:
     marks = tmp_path / "marks"
