@@ -169,6 +169,22 @@ print([one["branch"] for one in published(events)])
     assert told_by_airflow(code, tmp_path) == "[3, 4, 1, 2]\n"
 
 
+def test_an_address_with_a_password_or_token_is_refused(tmp_path: Path) -> None:
+    code = """\
+from airflow.sdk.exceptions import AirflowException
+from dags.ml import without_secret
+for address in (
+    "https://token@h/r.git", "https://u:p@h/r", "git+ssh://u:p@h/r", "webdavs://u:p@h/r", "https://u:@h/r", "ssh://:p@h/r",
+    "https://h/r.git", "ssh://git@h/r.git", "git@h:r.git", "/srv/a@b:c.git", "s3://bucket/dvc", "file:///srv/r",
+):
+    try:
+        print("taken" if without_secret(address, "x") == address else "changed", end=" ")
+    except AirflowException:
+        print("refused", end=" ")
+"""
+    assert told_by_airflow(code, tmp_path).split() == ["refused"] * 6 + ["taken"] * 6
+
+
 @pytest.mark.parametrize("number", [15, 9])
 def test_a_task_that_is_ended_ends_its_command(tmp_path: Path, number: int) -> None:
     marks = tmp_path / "marks"
