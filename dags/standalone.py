@@ -75,13 +75,13 @@ def update_remote() -> str:
 
 def set_up(variables: Mapping[str, str]) -> None:
     """Database, remotes and connections; what is there stays."""
-    first = not (HOME / "airflow.db").exists()
+    done = HOME / "set-up"  # the first one, whole
     STORE.mkdir(exist_ok=True)
     update_remote()
     log = HOME / "set-up.log"
     with log.open("w") as file:
         steps = [airflow("db", "migrate")]
-        if first:
+        if not done.exists():
             extra = {"effdet_git": HUB, "effdet_dvc": STORE}
             given = {name: {"conn_type": "generic", "extra": {"address": str(path)}} for name, path in extra.items()}
             (HOME / "connections.json").write_text(json.dumps(given))
@@ -89,6 +89,7 @@ def set_up(variables: Mapping[str, str]) -> None:
         for words in steps:
             if subprocess.run(words, env=dict(variables), stdout=file, stderr=file, check=False).returncode:
                 sys.exit(f"error: `airflow {' '.join(words[3:5])}` failed; {log} says why")
+    done.touch()
 
 
 @contextlib.contextmanager
