@@ -151,6 +151,13 @@ def check_port(port: int) -> None:
             sys.exit(f"error: port {port} is taken on this machine; take another: make airflow PORT={port + 1}")
 
 
+def check_whole() -> None:
+    """Ends where this repository has not all of its history, which the remote's clones need."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == "true":
+        sys.exit(f"error: {ROOT}: a shallow clone, which no remote can be made of; run `git fetch --unshallow`")
+
+
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """Ctrl-C or TERM: once."""
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -163,6 +170,7 @@ def main() -> None:
     """The command: PORT."""
     port = int(sys.argv[1])
     check_port(port)
+    check_whole()
     os.umask(0o077)  # the password and the keys are this user's
     HOME.mkdir(exist_ok=True)
     variables = environment(port)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from dags import standalone
 from pipeline import form
 from tests.dags.airflow_site import PYTHON, ROOT, until
 
 pytestmark = pytest.mark.system
 
+IDENTITY = ["-c", "user.name=a", "-c", "user.email=a@localhost", "-c", "commit.gpgSign=false"]
 STAGES = ["download", "validate", "shard", "train", "evaluate", "promote"]
 ALL_SETTINGS = "{queue: gpu, pool: training, retries: 4, timeout_minutes: 90, executor: EdgeExecutor}"
 REFUSED = {
@@ -148,6 +150,21 @@ def test_a_command_gets_words_as_they_are_and_no_secret_of_airflow(tmp_path: Pat
     assert told.splitlines()[-1] == "error: params.yaml: a is wrong"
     assert "Traceback" not in told
     assert "To track the changes" not in told
+
+
+def test_a_shallow_clone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (
+        ["init", "-q", "whole"],
+        ["-C", "whole", *IDENTITY, "commit", "-q", "--allow-empty", "-m", "one"],
+        ["-C", "whole", *IDENTITY, "commit", "-q", "--allow-empty", "-m", "two"],
+        ["clone", "-q", "--depth", "1", (tmp_path / "whole").as_uri(), "shallow"],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(standalone, "ROOT", tmp_path / "whole")
+    standalone.check_whole()
+    monkeypatch.setattr(standalone, "ROOT", tmp_path / "shallow")
+    with pytest.raises(SystemExit, match=r"error: .*/shallow: a shallow clone.* run `git fetch --unshallow`"):
+        standalone.check_whole()
 
 
 def told_by_airflow(code: str, folder: Path) -> str:
