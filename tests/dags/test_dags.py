@@ -87,7 +87,7 @@ def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any], tasks: M
         },
         "b": {},
     }  # fmt: skip
-    assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (3, 20160 * 60)
+    assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (100, 20160 * 60)
 
 
 def test_lineage_is_what_the_stages_read_and_write(tasks: Mapping[str, Any]) -> None:
@@ -184,6 +184,29 @@ events = [SimpleNamespace(timestamp=when, extra={"branch": when, "decision": wha
 print([one["branch"] for one in published(events)])
 """
     assert told_by_airflow(code, tmp_path) == "[3, 4, 1, 2]\n"
+
+
+def test_errors_give_up_soon_and_pre_emptions_do_not(tmp_path: Path) -> None:
+    code = """\
+from types import SimpleNamespace
+from airflow.sdk.exceptions import AirflowTaskTimeout
+from dags.retraining import GiveUp
+wrong, away, stopped = (SystemExit(f"{words}") for words in ("error: a", "error: git fetch: no route", "stopped: b"))
+def action(tries, error, number, most, retries):
+    return GiveUp(tries).evaluate(error, number, most, {"task": SimpleNamespace(retries=retries)}).action.value
+for case in (
+    (1, wrong, 1, 2, 2), (1, away, 1, 2, 2), (1, stopped, 1, 2, 2),
+    (4, wrong, 3, 100, 100), (4, wrong, 4, 100, 100), (4, stopped, 50, 100, 100),
+    (4, AirflowTaskTimeout(), 4, 100, 100),
+    (4, wrong, 9, 108, 100), (4, wrong, 12, 108, 100),  # cleared after its 8th try
+):
+    print(action(*case), end=" ")
+"""
+    assert told_by_airflow(code, tmp_path).split() == [
+        *("fail", "default", "default"),
+        *("default", "fail", "default", "fail"),
+        *("default", "fail"),
+    ]
 
 
 def test_an_address_with_a_password_or_token_is_refused(tmp_path: Path) -> None:
