@@ -129,12 +129,18 @@ def read_checksums(data: dict[str, Any]) -> dict[str, Any]:
     if not changed:
         raise AirflowSkipException("these bytes are those that params.yaml pins")
     log.info("changed: %s", ", ".join(f"{name} {now['found'][name]}" for name in changed))
-    digest = hashlib.sha256(json.dumps(now["found"], sort_keys=True).encode()).hexdigest()
     reason = f"the data at {data['base_url']} changed: {', '.join(changed)}"
     return {
-        "run_id": f"data-{digest[:16]}",  # the same data starts one retraining, however often this is tried
+        "run_id": run_id(now["checksums"], now["found"]),
         "conf": {"reason": reason[:500], "overrides": {"data.checksums": now["found"]}},
     }
+
+
+def run_id(pinned: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    """The same for the same data in place of the same, however often it is seen: one retraining. Data that goes back to
+    what it was before the pinned one is another.
+    """
+    return f"data-{hashlib.sha256(json.dumps([pinned, found], sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 @task

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from airflow.sdk import BaseHook, Connection
@@ -135,7 +136,8 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 def error_of(module: str, lines: Sequence[str], status: int) -> str:
     """What went wrong, in the words of the command that met it first."""
     if status == RETRY_EXIT:
-        return "stopped: the next try goes on from what it saved"
+        generic = "stopped: the next try goes on from what it saved"
+        return next((line for line in lines if line.startswith("stopped: ")), generic)
     begins = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
     if begins is None:
         last = next((line for line in reversed(lines) if not NOISE.match(line)), "")
@@ -176,9 +178,15 @@ def git_remote() -> str:
     address = found.extra_dejson.get("address") if found else None
     if not address:
         raise AirflowException('connection effdet_git: none, or without {"address": the git remote} in its extra')
-    if re.match(r"^\w+://[^/@]*:[^/@]*@", address):
-        raise AirflowException("connection effdet_git: the address holds a password; use ssh, or `environment`")
-    return str(address)
+    return without_secret(str(address), "effdet_git")
+
+
+def without_secret(address: str, name: str) -> str:
+    """The address as it is. AirflowException where it holds a password, or a token in a user name's place."""
+    parts = urlsplit(address)
+    if parts.password or (parts.username and parts.scheme in ("http", "https")):
+        raise AirflowException(f"connection {name}: the address holds a password or token; use ssh, or `environment`")
+    return address
 
 
 def remotes_environment() -> dict[str, str]:
@@ -188,7 +196,8 @@ def remotes_environment() -> dict[str, str]:
         if found := connection(name):
             variables |= {key: str(value) for key, value in found.extra_dejson.get("environment", {}).items()}
             if name == "effdet_dvc" and found.extra_dejson.get("address"):
-                retraining = {**_retraining_here(), "remote": found.extra_dejson["address"]}
+                address = without_secret(str(found.extra_dejson["address"]), name)
+                retraining = {**_retraining_here(), "remote": address}
                 variables["EFFDET_RETRAINING"] = json.dumps(retraining)
     return variables
 

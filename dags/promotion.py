@@ -4,6 +4,7 @@ What is done is done by pipeline.candidate and pipeline.promotion: docs/promotio
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from airflow.sdk import get_current_context, task
@@ -19,10 +20,15 @@ log = logging.getLogger(__name__)
 def look_at_candidate() -> dict[str, Any]:
     """What git holds of the candidate. One that the gate did not accept asks nobody, unless it is overridden."""
     context = get_current_context()
-    given, told = context["params"], [event.extra for event in context["triggering_asset_events"].get(CANDIDATE, [])]
+    given, told = context["params"], published(context["triggering_asset_events"].get(CANDIDATE, []))
     if not given["candidate"] and not told:
         raise AirflowFailException("no candidate: name one (retrain/RUN), or let efficientdet_retrain make one")
     *others, newest = told or [{}]
+    if others:  # Airflow makes one run of all that wait
+        log.warning(
+            "came at the same time, and ask nobody; who wants one triggers this DAG with its branch: %s",
+            ", ".join(f"{one.get('branch')} ({one.get('decision')})" for one in others),
+        )
     revision = given["candidate"] or newest["commit"]
     found = run_ml("pipeline.candidate", ["--remote", git_remote(), "--", revision], environment=remotes_environment())
     if found["decision"] != "accepted" and not given["override"]:
@@ -34,10 +40,14 @@ def look_at_candidate() -> dict[str, Any]:
             found["split"],
         )
         raise AirflowSkipException(f"the gate's decision is {found['decision']}")
-    if others:
-        log.warning("came at the same time, and are asked about when named: %s", [one["branch"] for one in others])
     report = newest.get("report") if not given["candidate"] else f"{found['branch']}:report.md"
     return {**found, "override": given["override"], "text": question(found, report, given["override"])}
+
+
+def published(events: Sequence[Any]) -> list[dict[str, Any]]:
+    """What the events tell of their candidates, as they came; the newest that the gate accepted is the last."""
+    told = [event.extra for event in sorted(events, key=lambda event: event.timestamp)]
+    return sorted(told, key=lambda one: bool(one.get("decision") == "accepted"))
 
 
 def question(found: dict[str, Any], report: str | None, override: str | None) -> str:
@@ -53,7 +63,7 @@ def question(found: dict[str, Any], report: str | None, override: str | None) ->
     return "\n\n".join(lines)
 
 
-@task(outlets=[PRODUCTION], retries=2)
+@task(outlets=[PRODUCTION], retries=10)  # an unproven model may be in production until one succeeds
 def promote(found: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """Tags, champion, push, smoke test; the way back where that fails. A killed try is made again, a refusal is not."""
     person = answer["responded_by_user"]

@@ -8,19 +8,39 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule, get_current_context, task
+from airflow.sdk import RetryAction, RetryDecision, RetryPolicy, get_current_context, task
+from airflow.sdk.exceptions import AirflowTaskTimeout
 
 from dags import form
 from dags.assets import CANDIDATE, METRICS, MODEL, OF_OUTPUT
 from dags.ml import forge_environment, git_remote, remotes_environment, run_ml
 
 METRICS_FILE = "metrics.json"
-REFUSED = RetryRule(SystemExit, RetryAction.FAIL)  # wrong however often it is tried; a machine that was lost is not
 
 log = logging.getLogger(__name__)
 
 
-@task(show_return_value_in_logs=False, retries=2, retry_policy=ExceptionRetryPolicy([REFUSED]))
+class GiveUp(RetryPolicy):
+    """Fails where so many tries were made and the last ended in an error of the pipeline, or ran out of time.
+
+    A pre-empted training (exit 75), a lost worker, and a git remote that is not reached are tried again as often as
+    the task's `retries` say.
+    """
+
+    def __init__(self, tries: int) -> None:
+        self.tries = tries
+
+    def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:
+        """As Airflow asks after a failed try. A task that was cleared begins to count anew."""
+        told, retries = str(exception), context["task"].retries
+        wrong = told.startswith("error: ") and not told.startswith("error: git ")
+        made = try_number - max(max_tries - retries, 0)
+        if made >= self.tries and (wrong or isinstance(exception, AirflowTaskTimeout)):
+            return RetryDecision(RetryAction.FAIL, reason=f"an error in try {made}")
+        return RetryDecision()
+
+
+@task(show_return_value_in_logs=False, retries=2, retry_policy=GiveUp(1))  # it refuses, however often it is asked
 def prepare() -> dict[str, Any]:
     """Pins what the run is: git revision, parameters, id. It refuses what is wrong, and says why."""
     given = get_current_context()["params"]
@@ -40,7 +60,7 @@ def prepare() -> dict[str, Any]:
     return run
 
 
-@task(show_return_value_in_logs=False)
+@task(show_return_value_in_logs=False, retry_policy=GiveUp(4))
 def run_stage(stage: str, run: dict[str, Any], upstream: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Reproduces one stage from what upstream gave, or takes it from the cache."""
     files = {"run.json": run, **{f"{result['stage']}.json": result for result in upstream}}

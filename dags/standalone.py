@@ -75,13 +75,13 @@ def update_remote() -> str:
 
 def set_up(variables: Mapping[str, str]) -> None:
     """Database, remotes and connections; what is there stays."""
-    first = not (HOME / "airflow.db").exists()
+    done = HOME / "set-up"  # the first one, whole
     STORE.mkdir(exist_ok=True)
     update_remote()
     log = HOME / "set-up.log"
     with log.open("w") as file:
         steps = [airflow("db", "migrate")]
-        if first:
+        if not done.exists():
             extra = {"effdet_git": HUB, "effdet_dvc": STORE}
             given = {name: {"conn_type": "generic", "extra": {"address": str(path)}} for name, path in extra.items()}
             (HOME / "connections.json").write_text(json.dumps(given))
@@ -89,6 +89,7 @@ def set_up(variables: Mapping[str, str]) -> None:
         for words in steps:
             if subprocess.run(words, env=dict(variables), stdout=file, stderr=file, check=False).returncode:
                 sys.exit(f"error: `airflow {' '.join(words[3:5])}` failed; {log} says why")
+    done.touch()
 
 
 @contextlib.contextmanager
@@ -150,6 +151,13 @@ def check_port(port: int) -> None:
             sys.exit(f"error: port {port} is taken on this machine; take another: make airflow PORT={port + 1}")
 
 
+def check_whole() -> None:
+    """Ends where this repository has not all of its history, which the remote's clones need."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == "true":
+        sys.exit(f"error: {ROOT}: a shallow clone, which no remote can be made of; run `git fetch --unshallow`")
+
+
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """Ctrl-C or TERM: once."""
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -162,6 +170,7 @@ def main() -> None:
     """The command: PORT."""
     port = int(sys.argv[1])
     check_port(port)
+    check_whole()
     os.umask(0o077)  # the password and the keys are this user's
     HOME.mkdir(exist_ok=True)
     variables = environment(port)

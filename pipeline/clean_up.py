@@ -1,12 +1,13 @@
 """Frees what no run needs any more on this machine: `python -m pipeline.clean_up --git-remote URL`.
 
-Work trees of failed tries beyond the newest, and of published runs; checkpoints of stages of which no try is left;
-DVC's cache but for what a tag, an open retrain/ branch or the default branch needs. `--dry-run` only says what it would
-free. `--remote` is for the DVC remote too, in an hour in which no run is in flight anywhere: what a run pushed is on no
-branch before it is published.
+Work trees of failed tries beyond the newest, and of published runs; checkpoints of published runs, and those that
+nobody wrote to for CHECKPOINT_DAYS, since a run that was stopped may be gone on with; DVC's cache but for what a tag,
+an open retrain/ branch or the default branch needs. `--dry-run` only says what it would free. `--remote` is for the DVC
+remote too, in an hour in which no run is in flight anywhere: what a run pushed is on no branch before it is published.
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from pipeline.work_trees import (
     work_dir,
 )
 
+CHECKPOINT_DAYS = 14
+
 
 def clean_up(remote: str, where: Local, *, dry_run: bool, also_remote: bool) -> list[str]:
     """What was freed, or would be, one a line. PipelineError while a try is running here."""
@@ -41,7 +44,7 @@ def clean_up(remote: str, where: Local, *, dry_run: bool, also_remote: bool) -> 
         if others := [path for path in live_tries(where) if path != found.folder]:
             raise PipelineError(f"{others[0]}: is running; nothing was freed, clean up when it is done")
         tries = unneeded_tries(source, where)
-        folders = [*tries, *unneeded_checkpoints(where, set(tries))]
+        folders = [*tries, *unneeded_checkpoints(source, where)]
         told = [f"{'would free' if dry_run else 'freed'} {_gib(path)}: {path}" for path in folders]
         if not dry_run:
             for path in tries:
@@ -54,18 +57,22 @@ def clean_up(remote: str, where: Local, *, dry_run: bool, also_remote: bool) -> 
         return told + dvc(found, *words, *["--cloud"] * also_remote, *["--dry"] * dry_run)
 
 
+def published_runs(source: Path) -> set[str]:
+    """Runs that have a branch."""
+    return set(git(source, "for-each-ref", "--format=%(refname:lstrip=3)", f"refs/heads/{BRANCH}").split())
+
+
 def unneeded_tries(source: Path, where: Local) -> list[Path]:
     """Failed tries beyond the newest, and all of published runs."""
-    published = set(git(source, "for-each-ref", "--format=%(refname:lstrip=3)", f"refs/heads/{BRANCH}").split())
-    beyond = set(forgotten(where))
+    published, beyond = published_runs(source), set(forgotten(where))
     return [path for path in failed_tries(where) if path in beyond or path.parts[-3] in published]
 
 
-def unneeded_checkpoints(where: Local, gone: set[Path]) -> Iterator[Path]:
-    """Checkpoint folders in the work folder of stages of which no try is left."""
-    tries = work_dir(where) / "tries"
+def unneeded_checkpoints(source: Path, where: Local) -> Iterator[Path]:
+    """Checkpoint folders in the work folder, of published runs, and old ones."""
+    published, oldest = published_runs(source), time.time() - CHECKPOINT_DAYS * 24 * 3600
     for path in sorted((work_dir(where) / "checkpoints").glob("*/*")):
-        if not {*tries.glob(f"{path.parent.name}/{path.name}/*")} - gone:
+        if path.parent.name in published or max(file.lstat().st_mtime for file in (path, *path.rglob("*"))) < oldest:
             yield path
 
 

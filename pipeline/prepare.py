@@ -23,7 +23,17 @@ from pipeline.errors import PipelineError, run
 from pipeline.local import Local
 from pipeline.settings import validated
 from pipeline.stage_runner import BRANCH, PARAMS, Run
-from pipeline.work_trees import branch_tip, check_out, check_space, command, default_branch, fresh_try, git, mirror
+from pipeline.work_trees import (
+    branch_tip,
+    check_out,
+    check_space,
+    command,
+    default_branch,
+    fresh_try,
+    git,
+    mirror,
+    remove_try,
+)
 
 RECIPE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 
@@ -63,7 +73,11 @@ def prepare(
     with fresh_try(fields["run"], "prepare", where) as found:  # the revision's own code knows its parameters
         check_out(source, commit, found.tree)
         (found.tree / PARAMS).write_text(text)
-        command(found, [sys.executable, "-m", "pipeline.params_check"])
+        try:
+            command(found, [sys.executable, "-m", "pipeline.params_check"])
+        except PipelineError as error:  # nothing to look into: a stage's failed try is kept in its place
+            remove_try(found.folder)
+            raise PipelineError(str(error).replace(f"; it stays in {found.folder}", "")) from None
     return validated(Run, {**fields, "revision": commit, "base": base, "params": text}, Path("run"))
 
 

@@ -8,7 +8,7 @@ in a clone of its own, for a commit on any branch:
 2. one commit on the remote's default branch: the candidate's params.yaml, dvc.lock and metrics, and the champion;
 3. data, then branch and tags are pushed, all or none;
 4. the smoke test, as a consumer (pipeline.smoke_test). Where it fails the commit is reverted and the version before is
-   put back.
+   put back. Where that is not possible now, it ends with exit 75: run again, it goes on there.
 
 Given again, after a kill -9 too, it goes on: nothing that was pushed is half done, and the smoke test is made again.
 """
@@ -219,24 +219,32 @@ def before() -> str:
 
 
 def try_out(work: Work, version: Version) -> None:
-    """The smoke test. PipelineError where it fails, once all is as before."""
+    """The smoke test. PipelineError where it fails, once all is as before; Preempted where that has to wait."""
     from pipeline.smoke_test import smoke_test  # here: it brings TensorFlow, which a refusal needs not
 
     bundle = registry.release_of(registry.outs_at(version.commit), version.name)
     try:
         smoke_test(work.remote, bundle, work.where.retraining.remote)
         print("a consumer gets the model whole, and it detects")
-    except PipelineError as error:
-        reason = str(error)
-        back = take_back(work, version, reason)
+    except (PipelineError, OSError, UnicodeError) as error:
+        told = f"smoke test of {version.name}: {error}"
+        try:
+            back = take_back(work, version, str(error))
+        except (PipelineError, OSError) as other:
+            raise Preempted(
+                f"{told}; not rolled back: {other}; run it again, which repeats the smoke test; "
+                "`python -m pipeline.promote rollback` does it by hand"
+            ) from None
+        if back is None:
+            raise PipelineError(f"{told}; not rolled back: it is in {PROD} no more") from None
         raise PipelineError(
-            f"smoke test of {version.name}: {reason}; rolled back: {work.branch} holds the champion of before, and "
-            f"{back or 'no version'} is in {PROD}"
+            f"{told}; rolled back: {work.branch} holds the champion of before, and {back or 'no version'} is in {PROD}"
         ) from None
 
 
-def take_back(work: Work, version: Version, reason: str) -> str:
-    """Reverts the champion's commit and puts the version before in production; that version.
+def take_back(work: Work, version: Version, reason: str) -> str | None:
+    """Reverts the champion's commit and puts the version before in production; that version, None where `version` is
+    in production no more.
 
     Where none was before, the tag is taken away: DVC would take its model for production's still.
     """
@@ -244,7 +252,7 @@ def take_back(work: Work, version: Version, reason: str) -> str:
     for _ in range(ATTEMPTS):
         with work_on(work.remote, version.commit, name, work.where) as now:
             if not registry.in_production(version):
-                raise PipelineError(f"smoke test of {version.name}: {reason}; not rolled back: it is in {PROD} no more")
+                return None
             back, words = before(), f"Roll back {version.name}: its smoke test failed\n\n{reason}"
             git(now.found.tree, "revert", "--no-commit", crowning(now))
             commit_staged(now.found, words)
@@ -256,10 +264,7 @@ def take_back(work: Work, version: Version, reason: str) -> str:
                 git(now.found.tree, "tag", "--delete", *gone)
             if pushed(now, *gone):
                 return back
-    raise PipelineError(
-        f"smoke test of {version.name}: {reason}; not rolled back: {work.remote} changed during each of {ATTEMPTS} "
-        "tries; `python -m pipeline.promote rollback` does it by hand"
-    )
+    raise PipelineError(f"{work.remote} changed during each of {ATTEMPTS} tries")
 
 
 def main() -> None:

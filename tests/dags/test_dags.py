@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from dags import standalone
 from pipeline import form
 from tests.dags.airflow_site import PYTHON, ROOT, until
 
 pytestmark = pytest.mark.system
 
+IDENTITY = ["-c", "user.name=a", "-c", "user.email=a@localhost", "-c", "commit.gpgSign=false"]
 STAGES = ["download", "validate", "shard", "train", "evaluate", "promote"]
 ALL_SETTINGS = "{queue: gpu, pool: training, retries: 4, timeout_minutes: 90, executor: EdgeExecutor}"
 REFUSED = {
@@ -85,7 +87,7 @@ def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any], tasks: M
         },
         "b": {},
     }  # fmt: skip
-    assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (3, 20160 * 60)
+    assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (100, 20160 * 60)
 
 
 def test_lineage_is_what_the_stages_read_and_write(tasks: Mapping[str, Any]) -> None:
@@ -148,6 +150,79 @@ def test_a_command_gets_words_as_they_are_and_no_secret_of_airflow(tmp_path: Pat
     assert told.splitlines()[-1] == "error: params.yaml: a is wrong"
     assert "Traceback" not in told
     assert "To track the changes" not in told
+
+
+def test_a_shallow_clone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (
+        ["init", "-q", "whole"],
+        ["-C", "whole", *IDENTITY, "commit", "-q", "--allow-empty", "-m", "one"],
+        ["-C", "whole", *IDENTITY, "commit", "-q", "--allow-empty", "-m", "two"],
+        ["clone", "-q", "--depth", "1", (tmp_path / "whole").as_uri(), "shallow"],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(standalone, "ROOT", tmp_path / "whole")
+    standalone.check_whole()
+    monkeypatch.setattr(standalone, "ROOT", tmp_path / "shallow")
+    with pytest.raises(SystemExit, match=r"error: .*/shallow: a shallow clone.* run `git fetch --unshallow`"):
+        standalone.check_whole()
+
+
+def told_by_airflow(code: str, folder: Path) -> str:
+    """What the code prints in Airflow's Python."""
+    environment = {"AIRFLOW_HOME": str(folder), "PYTHONPATH": str(ROOT), "PATH": os.defpath}
+    done = subprocess.run([PYTHON, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_of_candidates_that_came_at_once_the_newest_accepted_one_is_asked_about(tmp_path: Path) -> None:
+    code = """\
+from types import SimpleNamespace
+from dags.promotion import published
+came = [(3, "rejected"), (2, "accepted"), (4, "rejected"), (1, "accepted")]
+events = [SimpleNamespace(timestamp=when, extra={"branch": when, "decision": what}) for when, what in came]
+print([one["branch"] for one in published(events)])
+"""
+    assert told_by_airflow(code, tmp_path) == "[3, 4, 1, 2]\n"
+
+
+def test_errors_give_up_soon_and_pre_emptions_do_not(tmp_path: Path) -> None:
+    code = """\
+from types import SimpleNamespace
+from airflow.sdk.exceptions import AirflowTaskTimeout
+from dags.retraining import GiveUp
+wrong, away, stopped = (SystemExit(f"{words}") for words in ("error: a", "error: git fetch: no route", "stopped: b"))
+def action(tries, error, number, most, retries):
+    return GiveUp(tries).evaluate(error, number, most, {"task": SimpleNamespace(retries=retries)}).action.value
+for case in (
+    (1, wrong, 1, 2, 2), (1, away, 1, 2, 2), (1, stopped, 1, 2, 2),
+    (4, wrong, 3, 100, 100), (4, wrong, 4, 100, 100), (4, stopped, 50, 100, 100),
+    (4, AirflowTaskTimeout(), 4, 100, 100),
+    (4, wrong, 9, 108, 100), (4, wrong, 12, 108, 100),  # cleared after its 8th try
+):
+    print(action(*case), end=" ")
+"""
+    assert told_by_airflow(code, tmp_path).split() == [
+        *("fail", "default", "default"),
+        *("default", "fail", "default", "fail"),
+        *("default", "fail"),
+    ]
+
+
+def test_an_address_with_a_password_or_token_is_refused(tmp_path: Path) -> None:
+    code = """\
+from airflow.sdk.exceptions import AirflowException
+from dags.ml import without_secret
+for address in (
+    "https://token@h/r.git", "https://u:p@h/r", "git+ssh://u:p@h/r", "webdavs://u:p@h/r", "https://u:@h/r", "ssh://:p@h/r",
+    "https://h/r.git", "ssh://git@h/r.git", "git@h:r.git", "/srv/a@b:c.git", "s3://bucket/dvc", "file:///srv/r",
+):
+    try:
+        print("taken" if without_secret(address, "x") == address else "changed", end=" ")
+    except AirflowException:
+        print("refused", end=" ")
+"""
+    assert told_by_airflow(code, tmp_path).split() == ["refused"] * 6 + ["taken"] * 6
 
 
 @pytest.mark.parametrize("number", [15, 9])

@@ -184,6 +184,18 @@ def laid_down(store, md5, target):
         shutil.copy(stored(entry["md5"]), path)
 
 
+def test_data_that_returns_to_an_earlier_version_is_retrained_on():
+    code = """\
+from dags.data_watch import run_id
+first, second = {"a": "sha256:1", "b": "sha256:3"}, {"b": "sha256:3", "a": "sha256:2"}
+ids = [run_id(first, second), run_id(dict(reversed(first.items())), second), run_id(second, first)]
+print([ids.index(one) for one in ids])
+"""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(AIRFLOW), "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout == "[0, 0, 2]\n", done.stderr
+
+
 def test_trigger_fires_when_a_file_becomes_another(site):
     data, address = site
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}

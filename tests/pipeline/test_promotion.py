@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pipeline import promotion, publish, smoke_test
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Preempted
 from pipeline.local import Local, Retraining
 from pipeline.promotion import Approval
 from tests.pipeline.small_registry import (
@@ -219,6 +219,21 @@ def test_the_first_version_that_fails_its_smoke_test_leaves_none_in_production(p
         raise PipelineError("`dvc artifacts get`: no route to store")
 
     monkeypatch.setattr(smoke_test, "smoke_test", unreachable)
+    pushed, pushes = promotion.pushed, []
+
+    def only_once(work, *gone):  # the network goes down between push and smoke test
+        pushes.append(gone)
+        if len(pushes) > 1:
+            raise PipelineError("git push: no route to host")
+        return pushed(work, *gone)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "pushed", only_once)
+        with pytest.raises(Preempted, match=r"no route to store; not rolled back: git push: no route to host; run it"):
+            promotion.promote(str(place / "origin"), "retrain/good", ANN, machine)
+    assert tags(place) == ["detector#prod#1", "detector@v0.1.0"]
+
+    # Run again, it repeats the smoke test.
     with pytest.raises(PipelineError, match=r"no route to store; rolled back: .* no version is in prod"):
         promotion.promote(str(place / "origin"), "retrain/good", ANN, machine)
     assert tags(place) == ["detector@v0.1.0"]

@@ -1,6 +1,7 @@
 """prepare, publish and clean_up with real git and real DVC, on the small pipeline behind a bare remote."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_prepare_pins_a_commit_of_a_branch_and_checked_parameters(team: Team) ->
     assert prepare(str(team.hub), None, machine, reason="the default branch").revision == pushed
     with pytest.raises(PipelineError, match=r"train\.rate: expected a fraction"):
         prepare(str(team.hub), "main", machine, reason="wrong", overrides={"train.rate": "$(touch /tmp/x)"})
+    assert not [*(team.folder / "a/tries").glob("*/*")]  # it takes no failed stage's place
     with pytest.raises(PipelineError, match=r"train\.rat: no such key"):
         prepare(str(team.hub), "main", machine, reason="wrong", overrides={"train.rat": 0.1})
     with pytest.raises(PipelineError, match=r"GiB are free, retraining\.min_free_gib wants"):
@@ -178,14 +180,19 @@ def test_clean_up_frees_what_nothing_needs(team: Team) -> None:
     objects = team.folder / "a/cache/files/md5"
     store = team.folder / "store/files/md5"
     kept, dropped = (path_of(f"seed: {seed}\n") for seed in (7, 8))
-    stray = team.folder / "a/checkpoints/dropped/train/step"
-    stray.parent.mkdir(parents=True)
-    stray.write_text("state")
+    stray, waiting, done = (team.folder / "a/checkpoints" / run / "train/step" for run in ("dropped", "waits", "kept"))
+    for path in (stray, waiting, done):
+        path.parent.mkdir(parents=True)
+        path.write_text("state")
+    for path in (stray, stray.parent):
+        os.utime(path, (0, 0))
     said = clean_up(str(team.hub), machine, dry_run=True, also_remote=True)
     assert any("would free" in line and "checkpoints/dropped/train" in line for line in said)
     assert all(path.exists() for path in (stray, objects / kept, objects / dropped, store / dropped))
     clean_up(str(team.hub), machine, dry_run=False, also_remote=False)
     assert not stray.exists()
+    assert not done.exists()  # its run is published
+    assert waiting.exists()  # for the next try of a run of which no work tree is left
     assert (objects / kept).exists()
     assert not (objects / dropped).exists()
     assert (store / dropped).exists()
