@@ -32,7 +32,7 @@ from pipeline.local import Local
 from pipeline.lock_entries import read_stages
 from pipeline.prepare import pinned
 from pipeline.publish import unfit
-from pipeline.registry import ARTIFACT, CHAMPION_FOLDER, JUDGE, OVERRIDE, PROD
+from pipeline.registry import ARTIFACT, CHAMPION_FOLDER, JUDGE, OVERRIDE, PROD, ROLLED_BACK
 from pipeline.settings import Section, validated
 from pipeline.stage_runner import PARAMS, keep_record, pull_dependencies, push
 from pipeline.verify import LOCK, read_lock
@@ -253,7 +253,8 @@ def take_back(work: Work, version: Version, reason: str) -> str | None:
         with work_on(work.remote, version.commit, name, work.where) as now:
             if not registry.in_production(version):
                 return None
-            back, words = before(), f"Roll back {version.name}: its smoke test failed\n\n{reason}"
+            back = before()
+            words = f"Roll back {version.name}: its smoke test failed\n\n{reason}\n\n{ROLLED_BACK}{version.name}"
             git(now.found.tree, "revert", "--no-commit", crowning(now))
             commit_staged(now.found, words)
             gone = []

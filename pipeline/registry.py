@@ -39,6 +39,9 @@ from pipeline.history_page import Assignment, Judged, Version, day, page, table
 ARTIFACT = "detector"  # in dvc.yaml's artifacts
 FIRST = "v0.1.0"
 PROD = "prod"  # the stage whose version is the champion
+ROLLED_BACK = (
+    "Rolled-back: "  # in the message of a tag that puts the version before back, and what it was put back from
+)
 JUDGE = "promote"  # the stage that judges, and writes the bundle
 OVERRIDE = "Override: "  # in a version's tag: why the gate's decision does not count
 MOST_AHEAD = 5  # seconds that another machine's clock may be
@@ -219,12 +222,13 @@ def roll_back(stage: str, why: str) -> None:
         stood = f"only {turns[0].version} stood there" if turns else "no version stood there"
         raise PipelineError(f"{stage}: nothing to roll back to, {stood}; see `python -m pipeline.promote history`")
     last, before = turns[-1], turns[-2]
-    if version_named(last.version).number < version_named(before.version).number:
+    if re.search(f"^{ROLLED_BACK}", last.message, re.MULTILINE):
         print(f"{stage} was rolled back from {before.version} to {last.version} by {last.author} on {last.day}")
         print(f"for another one: python -m pipeline.promote assign VERSION {stage}")
         assign(version_named(last.version), stage, why)  # what a rollback that broke off left undone
         return
-    assign(version_named(before.version), stage, why or f"roll back from {last.version}")
+    words = f"{why or f'roll back from {last.version}'}\n\n{ROLLED_BACK}{last.version}"
+    assign(version_named(before.version), stage, words)
     if stage == PROD:
         print("HEAD's candidate was held against the former champion: `dvc repro` holds it against this one")
 

@@ -123,6 +123,12 @@ def test_two_versions_promoted_rolled_back_and_listed(place, command, tmp_path):
     run(repo, "git", "commit", "-q", "-a", "-m", "Judge it again")
     command("promote")
     check_champion(repo, "v0.2.0", commit_2, ap="0.5")
+
+    # An older version that somebody chose is none that was put back.
+    for name in ("v0.2.0", "v0.1.0"):
+        command(f"assign {name} staging")
+    command("rollback staging")
+    assert registry.standing("staging") == "v0.2.0"
     assert len(registry.versions()) == 2
 
 
