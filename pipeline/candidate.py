@@ -13,8 +13,7 @@ from typing import Any
 from pipeline import local
 from pipeline.errors import PipelineError, run
 from pipeline.local import Local
-from pipeline.prepare import pinned
-from pipeline.publish import CHAMPION, METRICS, figures_of
+from pipeline.publish import CHAMPION, METRICS, candidate_at, figures_of
 from pipeline.settings import Section
 from pipeline.work_trees import git, mirror
 
@@ -31,9 +30,9 @@ class Candidate(Section):
 
 
 def candidate(remote: str, revision: str, where: Local) -> Candidate:
-    """PipelineError where the revision is on no branch of the remote, or holds no judged model."""
+    """PipelineError where the revision is on no branch and was never published, or holds no judged model."""
     source = mirror(remote, where)
-    commit, branch = pinned(source, remote, revision)
+    commit, branch = candidate_at(source, remote, revision)
     with tempfile.TemporaryDirectory() as scratch:
         for path in (METRICS, CHAMPION):
             Path(scratch, path).write_text(git(source, "show", f"{commit}:{path}"))

@@ -58,9 +58,14 @@ def write_init(path: Path, checksum: str) -> None:
 
 
 def compute(data: Coco2017Data | CocoFormatData | TfrecordsData) -> dict[str, str]:
-    """File name -> checksum of every file of the source, as data.base_url has them now; no mirror is asked."""
-    algorithm = "md5" if isinstance(data, Coco2017Data) else "sha256"  # COCO's own are MD5
-    return {file.name: transfer.checksum([data.base_url], file, algorithm) for file in source_files(data)}
+    """File name -> checksum of every file of the source, as data.base_url has them now; no mirror is asked.
+
+    Of the kind that is pinned: the same bytes are the same words.
+    """
+    usual = "md5" if isinstance(data, Coco2017Data) else "sha256"  # COCO's own are MD5
+    kinds = {name: pinned.partition(":")[0] for name, pinned in data.checksums.items() if pinned}
+    files = source_files(data)
+    return {file.name: transfer.checksum([data.base_url], file, kinds.get(file.name, usual)) for file in files}
 
 
 def write(path: Path, checksums: dict[str, str]) -> None:

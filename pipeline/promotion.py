@@ -30,8 +30,7 @@ from pipeline.errors import PipelineError, Preempted, run
 from pipeline.history_page import Version
 from pipeline.local import Local
 from pipeline.lock_entries import read_stages
-from pipeline.prepare import pinned
-from pipeline.publish import unfit
+from pipeline.publish import candidate_at, unfit
 from pipeline.registry import ARTIFACT, CHAMPION_FOLDER, JUDGE, OVERRIDE, PROD, ROLLED_BACK
 from pipeline.settings import Section, validated
 from pipeline.stage_runner import PARAMS, keep_record, pull_dependencies, push
@@ -100,7 +99,7 @@ def promote(remote: str, revision: str, approval: Approval, where: Local) -> Pro
     """
     check_space(where)
     for _ in range(ATTEMPTS):
-        commit, branch = pinned(mirror(remote, where), remote, revision)
+        commit, branch = candidate_at(mirror(remote, where), remote, revision)
         with work_on(remote, commit, approval.approved_by, where) as work:
             version = advance(work, commit, branch, approval)
             if version:

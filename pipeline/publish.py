@@ -17,10 +17,12 @@ from pipeline.files import read_json
 from pipeline.forge import Forge
 from pipeline.local import Local
 from pipeline.lock_entries import read_stages, write_lock
+from pipeline.prepare import pinned
 from pipeline.settings import Section, validated
 from pipeline.stage_runner import BRANCH, PARAMS, Result, Run, check_remote, read_request
 from pipeline.verify import LOCK, Entry, disagreements
 from pipeline.work_trees import (
+    CANDIDATES,
     Try,
     branch_tip,
     check_out,
@@ -78,11 +80,27 @@ def publish(request: Run, results: Sequence[Result], where: Local) -> Published:
             commit = published_before(found, there, commit, compared, branch)
         else:
             git(found.tree, "push", "--quiet", "--", request.remote, f"{commit}:refs/heads/{branch}")
+        try:
+            git(found.tree, "push", "--quiet", "--", request.remote, f"{commit}:{CANDIDATES}{request.run}")
+        except PipelineError as error:  # a forge that takes branches and tags alone
+            print(f"warning: once {branch} is deleted it cannot be promoted: {error}", file=sys.stderr)
     for left in failed_tries(where):  # the run is over: nobody looks for why they failed
         if left.parts[-3] == request.run:
             remove_try(left)
     opened = pull_request(request, results, branch, behind, figures["table"])
     return Published(branch=branch, commit=commit, base=request.base, pull_request=opened, behind=behind, **figures)
+
+
+def candidate_at(source: Path, remote: str, revision: str) -> tuple[str, str]:
+    """The commit, and the branch it is on, or was when the run was published. PipelineError where it is neither."""
+    try:
+        return pinned(source, remote, revision)
+    except PipelineError:
+        lines = git(source, "for-each-ref", "--format=%(objectname) %(refname:lstrip=2)", CANDIDATES).splitlines()
+        for commit, run_id in (line.split() for line in lines):
+            if revision in (commit, f"{BRANCH}{run_id}"):
+                return commit, f"{BRANCH}{run_id}"
+        raise
 
 
 def report(found: Try, request: Run) -> str:

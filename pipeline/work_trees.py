@@ -2,7 +2,7 @@
 
 Below local `retraining.work_dir`:
 
-mirrors/KEY.git              a bare mirror of each git remote's branches and tags
+mirrors/KEY.git              a bare mirror of each git remote's branches, tags and candidates
 tries/RUN/STAGE/NUMBER/      one try: its work tree, its part of DVC's cache, its lock
 checkpoints/RUN/STAGE/       where local `checkpoint_dir` names no other place; gone when the stage is done
 cache/                       DVC's objects and run-cache, the machine's (local `retraining.cache_dir`)
@@ -33,7 +33,8 @@ from pipeline.local import Local
 
 TRY_VARIABLE = "STAGE_RUNNER_TRY"  # in the environment of all that a try starts: its folder
 WAIT = ("--wait-for-lock",)  # DVC gives up after 3 s otherwise
-REFSPECS = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
+CANDIDATES = "refs/candidates/"  # and the run: what was published, also when the branch is deleted after a squash
+REFSPECS = tuple(f"+{refs}*:{refs}*" for refs in ("refs/heads/", "refs/tags/", CANDIDATES))
 LAST_LINES = 20  # of a failed command, in the error
 GRACE_SECONDS = 60  # from TERM to KILL: a training saves its state
 GIB = 1 << 30
@@ -118,7 +119,7 @@ def git(folder: Path, *words: str, environment: Mapping[str, str] | None = None)
 
 
 def mirror(remote: str, where: Local) -> Path:
-    """The bare mirror of a remote's branches and tags, as they are now."""
+    """The bare mirror of a remote's branches, tags and candidates, as they are now."""
     folder = work_dir(where) / "mirrors"
     path = folder / f"{hashlib.sha256(remote.encode()).hexdigest()[:12]}.git"
     with locked(path.with_suffix(".lock")):

@@ -1,5 +1,6 @@
 """data.checksums is written into params.yaml, and nothing else in it changes."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,19 @@ def test_changed_data_is_another_checksum(here: Path) -> None:
     Path("params.yaml").write_text(with_data(head))
     checksums.main()
     before = params.load().data.checksums
+    assert {str(checksum).partition(":")[0] for checksum in before.values()} == {"sha256"}
     (here / "own" / "pictures" / "201.jpg").write_bytes(b"other")
     checksums.main()
     after = params.load().data.checksums
     assert {name for name in before if before[name] != after[name]} == {"pictures"}
+
+
+def test_a_checksum_stays_of_its_kind(here: Path) -> None:
+    digest = hashlib.md5((here / "own" / "train.zip").read_bytes()).hexdigest()
+    head = f"data:\n  source: coco_format\n  base_url: own\n{SPLITS}{REST}  checksums: {{train.zip: md5:{digest}}}\n"
+    Path("params.yaml").write_text(with_data(head))
+    checksums.main()
+    assert params.load().data.checksums["train.zip"] == f"md5:{digest}"
 
 
 def test_file_names_that_yaml_would_misread(tmp_path: Path) -> None:

@@ -213,6 +213,13 @@ def test_a_failed_gate_is_overridden_with_a_reason_and_a_killed_promotion_run_ag
 
 
 def test_the_first_version_that_fails_its_smoke_test_leaves_none_in_production(place, machine, monkeypatch):
+    # Its pull request was squashed, and the branch deleted: what was published is there still.
+    clone(str(place / "origin"), place / "clone")
+    run(place / "clone", "git", "merge", "-q", "--squash", "origin/retrain/good")
+    run(place / "clone", "git", "commit", "-q", "-m", "Retrain (#1)")
+    run(place / "clone", "git", "push", "-q", "origin", "main")
+    run(place / "origin", "git", "update-ref", "refs/candidates/good", "retrain/good")
+    run(place / "origin", "git", "branch", "-q", "-D", "retrain/good")
     before = run(place / "origin", "git", "rev-parse", "main^{tree}")
 
     def unreachable(*_):

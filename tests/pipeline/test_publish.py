@@ -97,6 +97,7 @@ def test_a_run_becomes_one_commit_on_its_branch_and_stays_it(team: Team) -> None
     assert changed == ["dvc.lock", "params.yaml", "report.md"]  # scores.json came out the same
     assert "Retraining-Run: one" in Repository(team.hub).run("git", "log", "-1", "--format=%B", found.branch)
     assert publish(request, list(results.values()), machine) == found  # a retry
+    assert on_hub(team, "refs/candidates/one", "dvc.lock") == on_hub(team, found.branch, "dvc.lock")
     other = team.request("one", seed=8)
     with pytest.raises(PipelineError, match=r"retrain/one: published already, with other dvc\.lock, params\.yaml"):
         publish(other, list(run_all(other, machine).values()), machine)
