@@ -4,8 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check docs hooks images pins \
-	audit clean
+.PHONY: help setup demo report airflow-setup airflow retrain test test-fast test-system lint check docs hooks images pins audit clean
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
