@@ -120,8 +120,7 @@ class Trainer(tf.Module):
     def get_slot(self, variable, name):
         return self.slots()[name][variable.name.partition(":")[0]]
 
-    def _create_or_restore_slot_variable(self, *arguments, **options):
-        raise NotImplementedError
+    _create_or_restore_slot_variable = None  # by having it TensorFlow knows an optimizer; only a restore calls it
 
 
 def write_object_checkpoint(prefix, raw, scope=""):
