@@ -7,7 +7,6 @@ cached.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,18 +41,9 @@ def connection(**content: Any) -> str:
     return json.dumps({"conn_type": "generic", **content})
 
 
-def ssh_program(folder: Path, home: Path) -> Path:
-    """ssh by its name, with this server's configuration: OpenSSH looks for the user's in the passwd's home."""
-    folder.mkdir()
-    options = f"-F {home}/.ssh/config -o UserKnownHostsFile={home}/.ssh/known_hosts"
-    (folder / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
-    (folder / "ssh").chmod(0o755)
-    return folder
-
-
 def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
     hub = small_repository.made(tmp_path)
-    programs = ssh_program(tmp_path / "bin", server.home)
+    client = server.client()
     with small_forge.running() as forge:
         forge_extra = {"repository": "o/r", "address": forge.url}
         connections = {
@@ -66,8 +56,7 @@ def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
 
         def machine(name: str) -> dict[str, str]:
             return {
-                "HOME": str(server.home),
-                "PATH": f"{programs}:{os.environ['PATH']}",
+                **client,
                 "ML_PYTHON": sys.executable,
                 "EFFDET_RETRAINING": json.dumps({"work_dir": str(tmp_path / name), "min_free_gib": 0.0}),
                 "EFFDET_CHECKPOINT_DIR": f"sftp://stores{tmp_path}/checkpoints",

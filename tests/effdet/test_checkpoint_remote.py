@@ -3,6 +3,7 @@
 import getpass
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,18 @@ class Server:
                     return
             time.sleep(0.1)
         raise AssertionError(self.options.with_suffix(".log").read_text())
+
+    def client(self):
+        """Variables with which a program's ssh reaches it, as `stores`.
+
+        OpenSSH looks for the user's configuration in the passwd's home, not in HOME: an ssh of its name brings it.
+        """
+        program = self.home / "bin" / "ssh"
+        program.parent.mkdir()
+        options = f"-F {self.home}/.ssh/config -o UserKnownHostsFile={self.home}/.ssh/known_hosts"
+        program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
+        program.chmod(0o755)
+        return {"HOME": str(self.home), "PATH": f"{program.parent}:{os.environ['PATH']}"}
 
     def sessions(self):
         return self.process.children(recursive=True)

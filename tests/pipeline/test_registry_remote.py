@@ -1,6 +1,5 @@
 """A release over ssh: both remotes, git's and DVC's, behind Debian's sshd on loopback."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -34,14 +33,7 @@ def test_model_of_production_over_ssh(server, tmp_path, monkeypatch):
     write_models(tmp_path / "models")
     run(tmp_path, "git", "init", "-q", "--bare", "-b", "main", "origin")
     origin = f"ssh://stores{tmp_path}/origin"
-    # ssh by its name, with this server's configuration: OpenSSH looks for the user's in the passwd's home, not in HOME.
-    ssh, home = tmp_path / "bin" / "ssh", server.home
-    ssh.parent.mkdir()
-    options = f"-F {home}/.ssh/config -o UserKnownHostsFile={home}/.ssh/known_hosts"
-    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
-    ssh.chmod(0o755)
-    ours = {"HOME": str(home), "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
-    for name, value in {**ENVIRONMENT, **ours}.items():
+    for name, value in {**ENVIRONMENT, **server.client()}.items():
         monkeypatch.setenv(name, value)
     write_repository(tmp_path / "repo", tmp_path / "models", origin, f"ssh://stores{tmp_path}/store")
     commit_candidate(tmp_path / "repo", 0.4, added=2)
