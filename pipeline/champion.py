@@ -179,6 +179,10 @@ def detections(champion: Champion, candidate: Judged, manifest: Mapping[str, Any
         rows: Detections = read_json(DETECTIONS, "detections of the champion")
         return rows
     stored, nms = read_bundle(champion)
+    try:
+        post_processing = PostprocessConfig(**nms)
+    except TypeError as error:
+        raise PipelineError(f"{BUNDLE}: its post-processing is of another version of this code: {error}") from None
     if stored.apply_exif != manifest["apply_exif"]:
         raise PipelineError(
             f"{BUNDLE}: takes pictures with data.apply_exif {stored.apply_exif}, and the data has "
@@ -193,4 +197,4 @@ def detections(champion: Champion, candidate: Judged, manifest: Mapping[str, Any
         num_ranks=1,
         workers=local.load().loader_workers,
     )
-    return coco_results(run_detection(stored.model, stored.config, batches, PostprocessConfig(**nms)), stored.classes)
+    return coco_results(run_detection(stored.model, stored.config, batches, post_processing), stored.classes)

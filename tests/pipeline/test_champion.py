@@ -97,6 +97,15 @@ def test_a_champion_that_does_not_load_on_other_data_is_refused(files):
     assert "champion/bundle/model.json: model description not found" in why
 
 
+@pytest.mark.parametrize("nms", [None, {"method": "gaussian", "top": 5}])
+def test_a_champion_with_post_processing_of_another_version_is_refused(files, monkeypatch, nms):
+    old, new, ours = files
+    monkeypatch.setattr(champion, "read_bundle", lambda _: (None, nms))
+    rules, incumbent = compare(old, new.model_copy(update={"ground_truth": "sha256:new"}), ours, {}, SETTINGS)
+    assert incumbent is None
+    assert "champion/bundle: its post-processing is of another version of this code" in failed(rules)[0][1]
+
+
 @pytest.mark.parametrize("whose", ["candidate", "champion"])
 @pytest.mark.parametrize("wrong", [{"APs": 0.123}, {"APs": None}, {}])
 def test_figures_that_the_detections_do_not_give_are_refused(files, whose, wrong):
