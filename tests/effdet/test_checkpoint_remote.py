@@ -1,5 +1,6 @@
 """Checkpoints at a URL, with Debian's sshd on loopback: found by ssh's own configuration, cut off, frozen and full."""
 
+import contextlib
 import getpass
 import os
 import resource
@@ -88,18 +89,18 @@ class Server:
 
     def cut(self):
         """Ends the sessions; the server lives."""
-        sessions = self.sessions()
-        for session in sessions:
-            session.kill()
-        psutil.wait_procs(sessions, timeout=60)
+        kill(self.sessions())
 
     def stop(self):
-        if not self.process.is_running():
-            return
-        sessions = self.sessions()
-        for process in (self.process, *sessions):
+        if self.process.is_running():
+            kill([self.process, *self.sessions()])
+
+
+def kill(processes):
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a session that ended by itself since it was listed
             process.kill()
-        psutil.wait_procs([self.process, *sessions], timeout=60)
+    psutil.wait_procs(processes, timeout=60)
 
 
 @pytest.fixture
