@@ -18,7 +18,8 @@ from pipeline.files import read_json
 from pipeline.initial_weights import content_checksum
 from pipeline.model_files import MODEL_FILE, NETWORK_FILE, StoredModel, Weights, read_model, read_network
 
-COCO_HEAD = 90  # classes of the published heads: COCO's category ids 1 to 90
+# Classes of the published heads: COCO's category ids 1 to 90, and in NVIDIA's one more, which is none.
+COCO_HEADS = (90, 91)
 SEED = 1  # of a class head that starts fresh
 
 
@@ -34,9 +35,9 @@ def open_model(
     """A detector with its weights, from a model's folder, a training checkpoint or run, or published weights.
 
     `name` and `image_size` (height, width): of published weights; without, the name is sought in the source's path, and
-    the size is the published one. `classes`: a release's classes.json or COCO annotations; without, a head of 90 has
-    COCO's. `ema`: moving averages are taken where there are any. `allow_head_mismatch`: for other classes than the
-    source's the class head starts fresh: a beginning for training. `apply_exif`: published weights are for pictures
+    the size is the published one. `classes`: a release's classes.json or COCO annotations; without, a head of 90 or
+    91 has COCO's. `ema`: moving averages are taken where there are any. `allow_head_mismatch`: for other classes than
+    the source's the class head starts fresh: a beginning for training. `apply_exif`: published weights are for pictures
     turned as their EXIF orientation says. PipelineError, EffdetError name what does not fit.
     """
     path = Path(source)
@@ -88,9 +89,9 @@ def _published(
     if name is None:
         raise PipelineError(f"{source}: which model is it? name it with --model; the models are {', '.join(MODELS)}")
     with opened(source, ema) as found:
-        head = num_classes(found, model_config(name, COCO_HEAD))
+        head = num_classes(found, model_config(name, COCO_HEADS[0]))
         rows = _class_table(source, head, classes, allow_head_mismatch)
-        config = model_config(name, rows[-1].class_id + 1, image_size)
+        config = model_config(name, rows[-1].class_id + 1 if classes else head, image_size)
         keras.utils.set_random_seed(SEED)
         model = build(config)
         loaded = load(model, config, found, allow_head_mismatch=allow_head_mismatch)
@@ -100,13 +101,15 @@ def _published(
 
 def _class_table(source: str, head: int, classes: Path | None, allow_head_mismatch: bool) -> list[Class]:
     """The classes of published weights, checked against the size of their head."""
-    rows = read_classes(classes, head) if classes else coco_classes()
+    if classes is None:
+        if head not in COCO_HEADS:
+            raise PipelineError(
+                f"{source}: its head has {head} classes, and COCO's table {COCO_HEADS[0]}; give its own with --classes "
+                "(a release's classes.json, or COCO annotations)"
+            )
+        return coco_classes()
+    rows = read_classes(classes, head)
     needed = rows[-1].class_id + 1
-    if needed != head and classes is None:
-        raise PipelineError(
-            f"{source}: its head has {head} classes, and COCO's table {COCO_HEAD}; give its own with --classes "
-            "(a release's classes.json, or COCO annotations)"
-        )
     if needed != head and not allow_head_mismatch:
         raise PipelineError(
             f"{source}: its head has {head} classes, and {classes} makes {needed}; give the classes it was trained on, "

@@ -95,6 +95,15 @@ def test_published_weights_whose_name_says_nothing(tmp_path):
         open_model(str(path))
 
 
+def test_nvidias_head_has_an_output_more_than_coco_has_ids(tmp_path):
+    path = tmp_path / f"{NAME}.safetensors"
+    safetensors.numpy.save_file(raw(91), path)
+    stored = open_model(str(path), image_size=(128, 128))
+    assert stored.config == model_config(NAME, 91, (128, 128))
+    assert stored.classes == coco_classes()
+    assert same(values(stored.model), raw(91))
+
+
 def test_a_head_of_others_needs_its_classes(tmp_path):
     path = tmp_path / f"{NAME}.safetensors"
     safetensors.numpy.save_file({f"{HEAD}bias": np.zeros(27, np.float32)}, path)
