@@ -5,6 +5,7 @@ They are of the files at data.base_url, and of the weights at the path train.ini
 Everything else in the file stays as it is, byte for byte.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -90,4 +91,5 @@ def _key(name: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m pipeline.checksums", description=__doc__).parse_args()
     run(main)

@@ -189,6 +189,7 @@ def test_unpacked_numbers_are_read(tmp_path: Path) -> None:
         ({"xmin": [0.5, 0.5]}, "1 of image/object/class/label and 2 of xmin"),
         ({"is_crowd": [0, 0]}, "1 of image/object/class/label and 2 of is_crowd"),
         ({"ymax": [float("nan")]}, "a value is not finite"),
+        ({"area": [12 / (HEIGHT * WIDTH)]}, "image/object/area: are shares of the picture, not square pixels"),
         ({"label": [1.0]}, "image/object/class/label: expected a int64_list, got a float_list"),
         ({"text": [b"other"]}, "text of label 2: 'other', and 'name 2' before"),
         ({"encoded": None}, "image/encoded: expected one JPEG or PNG"),
