@@ -134,7 +134,7 @@ BASE_IMAGE ?= docker.io/library/debian:bookworm-slim
 CUDA ?=
 VERSION ?= $(shell git describe --always --dirty)
 images: ## train, airflow and worker, by ENGINE=docker or buildah; CUDA=nvidia/cuda:12.9.1-devel-ubuntu22.04 for GPUs
-	for target in train airflow worker; do $(ENGINE) build $(if $(filter buildah,$(ENGINE)),--format docker) \
+	for target in train airflow worker; do $(ENGINE) build $(if $(filter buildah,$(ENGINE)),--format docker --layers) \
 		--build-arg "BASE=$(BASE_IMAGE)" --build-arg "CUDA=$(CUDA)" --build-arg "VERSION=$(VERSION)" \
 		--build-arg "REVISION=$$(git rev-parse HEAD)" --target "$$target" --file docker/Dockerfile \
 		--tag "effdet-$$target$(if $(CUDA),-cuda):$(VERSION)" .; done
