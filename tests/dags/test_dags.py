@@ -217,6 +217,29 @@ for case in (
     ]
 
 
+def test_an_alert_that_reaches_nobody_is_a_warning(tmp_path: Path) -> None:
+    code = """\
+import asyncio, json, logging, os, sys
+from types import SimpleNamespace
+from dags import alerts
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s", force=True)
+ti = SimpleNamespace(dag_id="d", task_id="t", run_id="r", try_number=2)
+for address in (None, "no-address", "http://[::", "http://127.0.0.1:1/secret"):
+    os.environ["AIRFLOW_CONN_EFFDET_ALERTS"] = json.dumps({"conn_type": "generic", "password": address})
+    alerts.task_failed({"ti": ti, "exception": SystemExit("error: a")})
+    asyncio.run(alerts.deadline_missed(context={"dag_run": {"dag_id": "d", "dag_run_id": "r"}}))
+"""
+    told = told_by_airflow(code, tmp_path).splitlines()
+    kinds = ["UnsupportedProtocol", "UnsupportedProtocol", "InvalidURL", "ConnectError"]
+    alerts = ["d: t of r failed, try 2: error: a", "d: r is late, and goes on"]
+    assert [line for line in told if line.startswith(("ERROR", "WARNING"))] == [
+        line
+        for kind in kinds
+        for alert in alerts
+        for line in (f"ERROR {alert}", f"WARNING effdet_alerts: nobody was told: {kind}")
+    ]
+
+
 def test_an_address_with_a_password_or_token_is_refused(tmp_path: Path) -> None:
     code = """\
 from airflow.sdk.exceptions import AirflowException
