@@ -22,12 +22,12 @@ def task_failed(context: Any) -> None:
     words = f"{ti.dag_id}: {ti.task_id} of {ti.run_id} failed, try {ti.try_number}: {context.get('exception')}"
     log.error(words)
     try:
-        address = BaseHook.get_connection("effdet_alerts").password
+        address = BaseHook.get_connection("effdet_alerts").password or ""
     except AirflowNotFoundException:
         return
     try:
         httpx.post(address, json={"text": words}, timeout=TIMEOUT).raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         log.warning("effdet_alerts: nobody was told: %s", type(error).__name__)  # its words hold the address
 
 
@@ -37,11 +37,11 @@ async def deadline_missed(**context: Any) -> None:
     words = f"{run.get('dag_id', 'a retraining')}: {run.get('dag_run_id', '')} is late, and goes on"
     log.error(words)
     try:
-        address = (await BaseHook.aget_connection("effdet_alerts")).password
+        address = (await BaseHook.aget_connection("effdet_alerts")).password or ""
     except AirflowNotFoundException:
         return
     try:
         async with httpx.AsyncClient(timeout=TIMEOUT) as client:
             (await client.post(address, json={"text": words})).raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         log.warning("effdet_alerts: nobody was told: %s", type(error).__name__)

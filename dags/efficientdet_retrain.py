@@ -1,6 +1,7 @@
 """DAG efficientdet_retrain: the stages of dvc.yaml as tasks, on machines that share a git and a DVC remote alone."""
 
 import datetime
+from typing import Any
 
 from airflow.sdk import DAG, AsyncCallback, DeadlineAlert, DeadlineReference, Variable
 
@@ -44,7 +45,7 @@ with DAG(
     tags=["efficientdet"],
 ) as dag:
     run = prepare.override(doc_md=prepare.function.__doc__)()
-    results = {}
+    results: dict[str, Any] = {}
     for stage in read_stages():
         one = run_stage.override(
             task_id=stage.name,

@@ -3,6 +3,7 @@
 A worker lives in a process namespace: killing it ends all that it started at once, as pulling a machine's plug does.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -11,8 +12,10 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,29 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def webhook(secret: str) -> Iterator[tuple[str, list[str]]]:
+    """A chat service's webhook on loopback: its address, which ends in the secret, and the texts that it was sent."""
+    texts: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == f"/{secret}":
+                texts.append(content["text"])
+            self.send_response(200 if self.path == f"/{secret}" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{secret}", texts
+        server.shutdown()
 
 
 class Database:

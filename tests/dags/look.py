@@ -34,13 +34,13 @@ found = {
         "docs": dag.doc_md,
         "callbacks": bool(dag.default_args.get("on_failure_callback")) and bool(dag.deadline),
         "params": {name: dag.params.get_param(name).serialize() for name in dag.params},
-        "serialized": DagSerialization.to_dict(dag)["dag"]["dag_id"],
+        "serialized": {
+            task["__var"]["task_id"]: task["__var"] for task in DagSerialization.to_dict(dag)["dag"]["tasks"]
+        },
         "tasks": {
             task.task_id: {
                 "downstream": sorted(task.downstream_task_ids),
                 "docs": task.doc_md,
-                "retries": task.retries,
-                "seconds": task.execution_timeout and task.execution_timeout.total_seconds(),
                 "inlets": [asset.name for asset in task.inlets],
                 "outlets": [asset.name for asset in task.outlets],
             }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from dags import standalone
 from pipeline import form
@@ -60,7 +61,6 @@ def tasks(airflow: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def test_the_dags_load_without_the_ml_environment(airflow: Mapping[str, Any]) -> None:
     assert airflow["errors"] == {}
-    assert airflow["dags"]["efficientdet_retrain"]["serialized"] == "efficientdet_retrain"
     assert airflow["dags"]["efficientdet_retrain"]["callbacks"]
 
 
@@ -76,7 +76,7 @@ def test_edges_are_those_of_dvc_dag(tasks: Mapping[str, Any]) -> None:
     assert all("publish" in tasks[name]["downstream"] for name in STAGES)
 
 
-def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any]) -> None:
     assert airflow["stages"] == {
         "a": {
             "queue": "gpu",
@@ -87,7 +87,15 @@ def test_settings_are_those_of_meta_airflow(airflow: Mapping[str, Any], tasks: M
         },
         "b": {},
     }  # fmt: skip
-    assert (tasks["train"]["retries"], tasks["train"]["seconds"]) == (100, 20160 * 60)
+    # What the scheduler goes by is the serialized DAG.
+    serialized = airflow["dags"]["efficientdet_retrain"]["serialized"]
+    for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items():
+        task, given = serialized[name], stage["meta"]["airflow"]
+        assert (task["retries"], task["execution_timeout"]) == (given["retries"], given["timeout_minutes"] * 60)
+        assert task.get("queue") == given.get("queue")
+        assert task["has_retry_policy"]
+    assert serialized["train"]["retries"] == 100
+    assert (serialized["prepare"]["retries"], serialized["prepare"]["has_retry_policy"]) == (2, True)
 
 
 def test_lineage_is_what_the_stages_read_and_write(tasks: Mapping[str, Any]) -> None:
@@ -206,6 +214,29 @@ for case in (
         *("fail", "default", "default"),
         *("default", "fail", "default", "fail"),
         *("default", "fail"),
+    ]
+
+
+def test_an_alert_that_reaches_nobody_is_a_warning(tmp_path: Path) -> None:
+    code = """\
+import asyncio, json, logging, os, sys
+from types import SimpleNamespace
+from dags import alerts
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s", force=True)
+ti = SimpleNamespace(dag_id="d", task_id="t", run_id="r", try_number=2)
+for address in (None, "no-address", "http://[::", "http://127.0.0.1:1/secret"):
+    os.environ["AIRFLOW_CONN_EFFDET_ALERTS"] = json.dumps({"conn_type": "generic", "password": address})
+    alerts.task_failed({"ti": ti, "exception": SystemExit("error: a")})
+    asyncio.run(alerts.deadline_missed(context={"dag_run": {"dag_id": "d", "dag_run_id": "r"}}))
+"""
+    told = told_by_airflow(code, tmp_path).splitlines()
+    kinds = ["UnsupportedProtocol", "UnsupportedProtocol", "InvalidURL", "ConnectError"]
+    alerts = ["d: t of r failed, try 2: error: a", "d: r is late, and goes on"]
+    assert [line for line in told if line.startswith(("ERROR", "WARNING"))] == [
+        line
+        for kind in kinds
+        for alert in alerts
+        for line in (f"ERROR {alert}", f"WARNING effdet_alerts: nobody was told: {kind}")
     ]
 
 

@@ -1,8 +1,8 @@
 """Real Airflow over two machines that share an ssh server alone: PostgreSQL, EdgeExecutor, the real stages, small.
 
 One scenario, since starting it costs most: two runs at once, a machine whose plug is pulled in the middle of training,
-a scheduler that is killed, a refused run, a run that is stopped, and the whole DAG by dag.test(), which finds all
-cached.
+a scheduler that is killed, a refused run and a late one, both told to a webhook, a run that is stopped, and the whole
+DAG by dag.test(), which finds all cached.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.dags import small_repository
-from tests.dags.airflow_site import DAG, PYTHON, ROOT, Site, until
+from tests.dags.airflow_site import DAG, PYTHON, ROOT, Site, until, webhook
 from tests.effdet.test_checkpoint_remote import Server
 from tests.pipeline import small_forge
 
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.system, pytest.mark.needs("psql", "sshd", "unshare"), 
 
 STAGES = ["download", "validate", "shard", "train", "evaluate", "promote"]
 SECRET = "made-for-this-test-only"  # of the DVC remote
+HOOK = "T0001-made-for-this-test"  # in the webhook's address
 PATIENCE = 1200  # seconds, for a shared machine
 FIRST = {"train.epochs": 3, "train.schedule_epochs": 3}
 SECOND = {"train.seed": 2}
@@ -44,7 +45,7 @@ def connection(**content: Any) -> str:
 def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
     hub = small_repository.made(tmp_path)
     client = server.client()
-    with small_forge.running() as forge:
+    with small_forge.running() as forge, webhook(HOOK) as (alerts, told):
         forge_extra = {"repository": "o/r", "address": forge.url}
         connections = {
             "AIRFLOW_CONN_EFFDET_GIT": connection(extra={"address": f"ssh://stores{hub}"}),
@@ -52,7 +53,9 @@ def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
                 extra={"address": f"ssh://stores{tmp_path}/store", "environment": {"SOME_STORES_KEY": SECRET}}
             ),
             "AIRFLOW_CONN_EFFDET_FORGE": connection(password=small_forge.TOKEN, extra=forge_extra),
+            "AIRFLOW_CONN_EFFDET_ALERTS": connection(password=alerts),
         }
+        late = {"AIRFLOW_VAR_RETRAIN_LATE_HOURS": "-1"}  # at once, if it is known how long a run takes
 
         def machine(name: str) -> dict[str, str]:
             return {
@@ -62,7 +65,7 @@ def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
                 "EFFDET_CHECKPOINT_DIR": f"sftp://stores{tmp_path}/checkpoints",
             }
 
-        with Site(tmp_path / "site", connections) as site:
+        with Site(tmp_path / "site", {**connections, **late}) as site:
             until(lambda: is_there(site), 300, "the DAG is there")
             for name in ("a", "b"):
                 site.add_worker(name, machine(name))
@@ -78,8 +81,10 @@ def test_two_runs_on_two_machines(server: Server, tmp_path: Path) -> None:
             check_gone_on(site, first)
             check_refused(site, refused)
             assert {pull["title"] for pull in forge.pulls} == {"Retrain: first", "Retrain: $(id)"}
-            stop_one_that_trains(site, {"train.seed": 3})
-            check_nothing_told(site, tmp_path, [SECRET, small_forge.TOKEN])
+            stopped = site.trigger(reason="stopped", **{"train.seed": 3})
+            check_alerts(site, refused, stopped, told)
+            stop_one_that_trains(site, stopped)
+            check_nothing_told(site, tmp_path, [SECRET, small_forge.TOKEN, HOOK])
         check_all_cached(tmp_path, {**machine("d"), **connections}, FIRST)
 
 
@@ -129,8 +134,9 @@ def check_finished(site: Site, first: str, second: str, hub: Path) -> None:
 
 def check_gone_on(site: Site, run: str) -> None:
     """The lost training went on from its checkpoint, on whichever machine."""
-    number = site.tasks(run)["train"]["try_number"]
+    number, most = (site.tasks(run)["train"][key] for key in ("try_number", "max_tries"))
     assert number > 1
+    assert most == 100
     log = site.log(run, "train", number)
     assert "going on after epoch" in log
     assert "epoch 1/3" not in log
@@ -146,9 +152,17 @@ def check_refused(site: Site, run: str) -> None:
     assert "Traceback" not in log
 
 
-def stop_one_that_trains(site: Site, conf: Mapping[str, Any]) -> None:
+def check_alerts(site: Site, refused: str, late: str, told: list[str]) -> None:
+    """Who is alerted hears of the refused run, once, and of the late one, which goes on; of no try that is repeated."""
+    until(lambda: len(told) > 1, PATIENCE, "the late run is told of")
+    assert site.state(late) == "running"
+    failure, lateness = told
+    assert failure.startswith(f"{DAG}: prepare of {refused} failed, try 1: error: revision: 'no-such-branch' is no")
+    assert lateness == f"{DAG}: {late} is late, and goes on"
+
+
+def stop_one_that_trains(site: Site, run: str) -> None:
     """A person marks the run failed: all that trains for it ends, on every machine."""
-    run = site.trigger(reason="stopped", **conf)
     until(lambda: "Running stage 'train'" in log_so_far(site, run), PATIENCE, "it trains")
     name = site.answer(run, "prepare")["run"]
     until(lambda: processes_of(name), 60, "its processes are there")

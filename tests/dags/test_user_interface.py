@@ -24,7 +24,6 @@ def repo(tmp_path):
     write_deployment(repo)
     retraining = {"work_dir": str(tmp_path / "work"), "min_free_gib": 0.0}
     variables = {"ML_PYTHON": sys.executable, "EFFDET_RETRAINING": json.dumps(retraining)}
-    variables["AIRFLOW_VAR_APPROVERS"] = '["admin"]'
     with (tmp_path / "airflow.log").open("w") as log:
         process = subprocess.Popen(
             [PYTHON, "-m", "dags.standalone", str(free_port())], cwd=repo, stdout=log, stderr=log,

@@ -49,6 +49,20 @@ class Browser:
         assert answer.ok, f"{dag}: {answer.status} {answer.text()}"
         return str(answer.json()["dag_run_id"])
 
+    def set_variables(self, **values: str) -> None:
+        """Airflow's, in place of what they were."""
+        entities = [{"key": key, "value": value} for key, value in values.items()]
+        action = {"action": "create", "action_on_existence": "overwrite", "entities": entities}
+        answer = self.page.request.patch(f"{self.address}/api/v2/variables", data={"actions": [action]})
+        assert answer.ok, f"{answer.status} {answer.text()}"
+
+    def asked(self, run: str) -> None:
+        """Waits until a run of the promotion asks for an answer."""
+        deadline = time.monotonic() + LONGEST
+        while self.states(f"{PROMOTE}/dagRuns/{run}").get("approve") != "awaiting_input":
+            assert time.monotonic() < deadline, f"{run}: nobody is asked"
+            time.sleep(1)
+
     def states(self, run: str) -> dict[str, str]:
         """Task -> state, of a run "DAG/dagRuns/RUN"."""
         return {one["task_id"]: one["state"] for one in self.ask(f"/dags/{run}/taskInstances")["task_instances"]}
@@ -115,10 +129,7 @@ def look(browser: Browser, run: str) -> None:
 def answer(browser: Browser, run: str, choice: str, note: str) -> None:
     """Approve or Reject, in a run of the promotion; waits for the run's end."""
     page = browser.page
-    deadline = time.monotonic() + LONGEST
-    while browser.states(f"{PROMOTE}/dagRuns/{run}").get("approve") != "awaiting_input":
-        assert time.monotonic() < deadline, f"{run}: nobody is asked"
-        time.sleep(1)
+    browser.asked(run)
     browser.go(f"/dags/{PROMOTE}/runs/{run}/tasks/approve/required_actions")
     page.get_by_role("button", name="Show Grid").click()  # narrower than the graph
     page.locator("[name='element_note']").fill(note)
@@ -130,14 +141,34 @@ def answer(browser: Browser, run: str, choice: str, note: str) -> None:
     browser.finished(f"{PROMOTE}/dagRuns/{run}")
 
 
+def answer_unasked(browser: Browser, branch: str) -> str:
+    """One who is not among the approvers is refused; the run, whose question nobody else answers."""
+    (published,) = browser.ask(f"/dags/{PROMOTE}/dagRuns")["dag_runs"]
+    browser.asked(published["dag_run_id"])  # that one has its approvers and its time already
+    browser.set_variables(approvers='["ann"]', approval_hours="0.02")  # 72 seconds
+    run = browser.trigger(PROMOTE, candidate=branch)
+    browser.asked(run)
+    question = f"{PROMOTE}/dagRuns/{run}/taskInstances/approve/-1/hitlDetails"
+    given = {"chosen_options": ["Approve"], "params_input": {"note": None}}
+    refusal = browser.page.request.patch(f"{browser.address}/api/v2/dags/{question}", data=given, timeout=PATIENCE)
+    assert (refusal.status, "is not a respondent" in refusal.text()) == (403, True), refusal.text()
+    browser.set_variables(approvers='["admin"]', approval_hours="72")
+    return f"{PROMOTE}/dagRuns/{run}"
+
+
 def promote(browser: Browser, branch: str, note: str) -> None:
-    """A failed gate asks nobody; Reject ends a promotion, Approve carries it out."""
+    """A failed gate asks nobody; Reject ends a promotion, and no answer in time; Approve carries it out."""
+    unanswered = answer_unasked(browser, branch)
     failed = f"{PROMOTE}/dagRuns/{browser.trigger(PROMOTE, candidate='main')}"  # what main holds, the gate rejected
     rejected = browser.trigger(PROMOTE, candidate=branch)
     answer(browser, rejected, "Reject", "one more look")
     assert browser.states(f"{PROMOTE}/dagRuns/{rejected}")["promote"] == "skipped"
     browser.finished(failed)
     assert set(browser.states(failed).values()) == {"skipped"}
+    browser.finished(unanswered)
+    assert browser.states(unanswered) == {"look_at_candidate": "success", "approve": "success", "promote": "skipped"}
+    told = browser.ask(f"/dags/{unanswered}/taskInstances/approve/-1/hitlDetails")
+    assert (told["chosen_options"], told["responded_by_user"]) == (["Reject"], None)
     browser.go("/required_actions")
     browser.page.get_by_role("link", name=f"Put {branch} into production?").first.click()
     browser.page.wait_for_url(re.compile("/tasks/approve"))
