@@ -59,6 +59,18 @@ sed -i '/::InitializeForProcessSet/,$ s/= gloo_iface_;/= global_context.gloo_ifa
 grep -q 'global_ranks_\.resize(size_)' "$gloo/gloo_controller.cc" && grep -q '= global_context\.gloo_iface_;' "$gloo/gloo_context.cc" ||
   { echo "$gloo: is not as in Horovod 0.28.1; see whether it still needs the two changes" >&2; exit 1; }
 
+# Its store of keys and values, which anybody may write to who reaches the launching host, unpickles what it is sent
+# (CVE-2024-10190 in elastic runs, CVE-2026-31234). What elastic runs keep there are addresses and a key, which literals
+# say as well; functions, of horovod.run, are refused by it from now on.
+runner=$source/horovod/runner
+for file in http/http_client.py elastic/rendezvous.py; do
+  sed -i 's/^from horovod\.runner\.common\.util import codec$/from ast import literal_eval/
+    s/codec\.loads_base64(\(.*\))$/literal_eval(\1.decode())/
+    s/codec\.dumps_base64(value, to_ascii=False)/repr(value).encode()/' "$runner/$file"
+  ! grep -q codec "$runner/$file" && grep -q 'literal_eval(.*\.decode())' "$runner/$file" ||
+    { echo "$runner/$file: is not as in Horovod 0.28.1; see whether it still unpickles what it is sent" >&2; exit 1; }
+done
+
 # Its operations for XLA do not compile with TensorFlow 2.21; without GPUs that file is empty. Training calls none of them.
 sed -i '/xla_mpi_ops\.cc/d' "$source/horovod/tensorflow/CMakeLists.txt"
 # With GPUs it calls a function of TensorFlow's that 2.21 no longer has, so that no process could load it.
