@@ -63,7 +63,7 @@ demo: setup ## the six stages on the embedded data set, from data to a judged mo
 	elif [ -z "$$(git status --porcelain -- dvc.lock metrics.json)" ]; then \
 		echo "Bit for bit what dvc.lock and metrics.json say."; \
 	elif git diff --quiet HEAD -- metrics.json; then \
-		echo "The figures that metrics.json says, from other bits: dvc.lock differs on this hardware."; \
+		echo "The figures that metrics.json says. Hashes in dvc.lock differ: data/model/provenance.json names this machine and Python."; \
 	else \
 		echo "This hardware gave other results than metrics.json says. The figures that differ:"; dvc metrics diff HEAD; \
 	fi
@@ -125,7 +125,7 @@ hooks: setup $(TOOLS) ## git runs lint before each commit, from the locked envir
 # --strict: a package that the index knows nothing of is a failure, not a pass. What was looked into and accepted stands
 # with its reason in a table of docs/supply_chain.md.
 audit: $(TOOLS) ## known vulnerabilities of the pins, by PyPI's data
-	for name in build ml horovod airflow cuda deployment tools; do echo "requirements/$$name.txt"; \
+	for name in build ml horovod benchmarks airflow cuda deployment tools; do echo "requirements/$$name.txt"; \
 		.venv-tools/bin/pip-audit --strict --disable-pip --require-hashes -r requirements/$$name.txt \
 			$$(sed -nE 's/^\| ((GHSA|PYSEC|CVE)-[^ ]+) .*/--ignore-vuln \1/p' docs/supply_chain.md); done
 

@@ -268,10 +268,12 @@ def prepare_dvc(found: Try, where: Local) -> None:
             copy = found.cache / path.relative_to(shared)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
+    site = found.folder / "site"
+    site.mkdir(mode=0o700)  # DVC would let all users write into it, and opens the pickles that lie there
     remote = where.retraining.remote
     (found.tree / ".dvc" / "config.local").write_text(
         "[core]\n"
-        f"    site_cache_dir = {found.folder / 'site'}\n"
+        f"    site_cache_dir = {site}\n"
         "    hardlink_lock = true\n"  # works on NFS too
         + ("    remote = retraining\n" if remote else "")
         + f"[cache]\n    dir = {found.cache}\n    type = reflink,hardlink,symlink,copy\n"
