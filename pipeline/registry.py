@@ -36,6 +36,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import checksum, write_json, written_whole
 from pipeline.gate import Decision, Rule
 from pipeline.history_page import Assignment, Judged, Version, day, page, table
+from pipeline.project import PYPROJECT, name_and_version
 
 ARTIFACT = "detector"  # in dvc.yaml's artifacts
 FIRST = "v0.1.0"
@@ -323,13 +324,14 @@ def _named(version: Version) -> str:
 
 
 def _registration(commit: str, outs: Mapping[str, Mapping[str, str]], why: str) -> str:
-    """The tag's message: why, how good, and the hashes of all that dvc.lock says was made on the way."""
+    """The tag's message: why, how good, the hashes of all that dvc.lock says was made on the way, and by what."""
     lines = [f"  {stage} {path} {hash_}" for stage, paths in outs.items() for path, hash_ in paths.items()]
     environment = hashlib.sha256(_run("git", "show", f"{commit}:requirements/ml.txt").encode()).hexdigest()
-    head = why or f"Candidate of {commit[:10]}"
-    return "\n".join(
-        [head, "", judged_at(commit).words(), "dvc.lock", *lines, f"requirements/ml.txt sha256:{environment}"]
-    )
+    lines += [
+        f"requirements/ml.txt sha256:{environment}",
+        name_and_version(_run("git", "show", f"{commit}:{PYPROJECT}")),
+    ]
+    return "\n".join([why or f"Candidate of {commit[:10]}", "", judged_at(commit).words(), "dvc.lock", *lines])
 
 
 def _crown(version: Version, judge_anew: bool) -> None:

@@ -70,6 +70,7 @@ def released(tmp_path_factory):
     root = tmp_path_factory.mktemp("promote")
     (root / "requirements").mkdir()
     shutil.copy(ROOT / "requirements" / "ml.txt", root / "requirements")
+    (root / "pyproject.toml").write_text('[project]\nname = "detectors"\nversion = "1.2.0"\n')
     (root / "champion.json").write_text("{}\n")
     set_limits(root, min_ap=0.0, max_latency_ms=100_000)
     write_shards(root / "data" / "shards", {"train": 3, "val": 10}, apply_exif=True)
@@ -142,6 +143,8 @@ def test_provenance_has_the_hashes_of_dvc_lock(workplace):
     lock = (workplace / "requirements" / "ml.txt").read_bytes()
     assert told["environment"] == {"requirements/ml.txt": f"sha256:{hashlib.sha256(lock).hexdigest()}"}
     assert told["parameters"]["train"]["epochs"] == 7
+    assert told["project"] == "detectors 1.2.0"
+    assert "Made by detectors 1.2.0." in (workplace / "data" / "release" / CARD).read_text()
 
 
 def test_model_card_says_how_each_export_compares(released):

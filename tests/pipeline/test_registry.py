@@ -158,7 +158,7 @@ def test_tag_says_why_and_of_what(place, command):
     for stage, outs in registry.outs_at(commit).items():
         for path, hash_ in outs.items():
             assert f"  {stage} {path} {hash_}\n" in message
-    assert "requirements/ml.txt sha256:" in message
+    assert re.search(r"\nrequirements/ml.txt sha256:[0-9a-f]{64}\nsmall 1\.2\.0$", message)
     assert registry.standing("prod") is None
     assert (place / "repo" / "champion.json").read_text() == "{}\n"
 
