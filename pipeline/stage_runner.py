@@ -66,6 +66,7 @@ class Result(Section):
     stage: str
     entry: dict[str, Any]  # of dvc.lock
     files: dict[str, str]  # path -> text of the outputs that travel by git alone
+    timings: str  # the text of its file in data/timings, which is no output; empty where it did not run or left none
     cached: bool  # the command was not run
     seconds: float  # in all, transfers included
     host: str
@@ -95,15 +96,23 @@ def run_stage(request: Run, stage_name: str, upstream: Sequence[Result], where: 
         keep_record(found, entry, where)
         push(found, stage, entry)
         files = {path: (found.tree / path).read_text() for path in stage.outs if path in stage.in_git}
+        measured = found.tree / timings_file(stage_name)
+        timings = measured.read_text() if measured.is_file() else ""
     remove_folder(checkpoints(request, stage_name, where))
     return Result(
         stage=stage_name,
         entry=entry,
         files=files,
+        timings=timings,
         cached=cached,
         seconds=round(time.monotonic() - began, 1),
         host=socket.gethostname(),
     )
+
+
+def timings_file(stage: str) -> Path:
+    """Where a stage leaves what it measured (pipeline.timings)."""
+    return Path("data", "timings", f"{stage}.json")
 
 
 def entries_of(stage: Stage, stages: Mapping[str, Stage], upstream: Sequence[Result]) -> dict[str, Entry]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from effdet.exported import open_exported
+from pipeline import gate
 from pipeline.bootstrap import intervals
 from pipeline.coco_metrics import coco_metrics
 from tests.pipeline.judged_model import STEADY_NMS, picture, steady, write_shards, write_trained
@@ -288,7 +289,8 @@ def test_candidate_against_the_champion(challenged):
     assert f"| AR100 | {champion['metrics']['AR100']:.3f} |{row}" in card
     times = json.loads((challenged / "data" / "timings" / "promote.json").read_text())
     assert times["ratio"] == times["ms_an_image"] / times["champions_ms_an_image"]
-    assert f"ratio {times['ratio']:.3g}" in words
+    assert times["decision"] == gate._digest(made)  # as it was read from the file
+    assert f"the champion's {times['champions_ms_an_image']:.3g}, ratio {times['ratio']:.3g}" in words
 
     before = content(challenged / "data" / "release")
     status, words = stage(challenged, "promote")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import report
+from pipeline import gate, report
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.timings import STAGES
@@ -90,6 +90,15 @@ def test_parameters_only(repository: Repository) -> None:
     loser = "| `cat` | 0.3000 | 0.2500 | ▼ -0.0500 | +0.0000 to +0.0000 |"
     assert f"{winner}\n{loser}" in found["Classes"]
     assert "| AP is at least promote.min\\_ap | 0.45 | 0.1 | pass |" in found["Gate"]
+    made = json.loads((repository.path / "data/release/decision.json").read_text())
+    measured = {"ms_an_image": 20.0, "champions_ms_an_image": 16.0, "ratio": 1.25}
+    for times, told in (
+        ({**measured, "decision": gate._digest(made)}, True),
+        ({**measured, "decision": "other"}, False),
+    ):
+        write_json(Path(gate.TIMES), times)
+        shown = "SavedModel, as measured for this decision: 20 ms an image, the champion's 16, ratio 1.25."
+        assert (shown in sections(reported()[0])["Gate"]) is told
     assert re.search(r"`shard` \| same as before \|.*as a run produced it", found["Stages"])
     assert re.search(r"`evaluate` \| new: changed \| `parameters` \| 12 s \| as a run produced it", found["Stages"])
     assert re.search(r"`shard` .*\| unknown \|", found["Stages"])

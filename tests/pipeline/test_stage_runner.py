@@ -32,12 +32,17 @@ def team(tmp_path: Path) -> Team:
 
 
 def test_two_machines_hand_over_and_a_third_finds_all_cached(team: Team) -> None:
+    team.person.edit("train.sh", "cat", "mkdir -p data/timings\necho 7 > data/timings/train.json\ncat")
+    team.person.commit("measures")
+    team.push()
     first = run_all(team.request("one", seed=7), team.machine("a"), team.machine("b"))
     assert [result.cached for result in first.values()] == [False, False, False]
+    assert [result.timings for result in first.values()] == ["", "", "7\n"]
     assert first["train"].files == {"scores.json": '{"AP": 0.5}\n'}
     cold = team.machine("c")
     second = run_all(team.request("two", seed=7), cold)
     assert [result.cached for result in second.values()] == [True, True, True]
+    assert [result.timings for result in second.values()] == ["", "", ""]  # nothing was measured
     for name, result in second.items():
         assert (result.entry, result.files) == (first[name].entry, first[name].files)
     assert not list((team.folder / "c" / "tries").glob("*/*"))  # nothing is left of what went well
