@@ -120,6 +120,7 @@ def check_finished(site: Site, first: str, second: str, hub: Path) -> None:
             assert told[asset]["run"] == candidate["run"]
             assert told[asset]["size"] > 0
         assert told["metrics"]["AP"] == told["candidate"]["AP"]
+        assert 0 <= told["model"]["AP"] <= 1
         assert told["candidate"]["commit"] == git(hub, "rev-parse", candidate["branch"]).strip()
         assert "| val | no champion yet | candidate |" in told["candidate"]["table"]
         report = git(hub, "show", f"{candidate['branch']}:report.md")
