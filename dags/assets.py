@@ -1,6 +1,7 @@
 """What a retraining makes, as Airflow Assets: their events tell which version, and of which run.
 
-RAW_DATA, SHARDS, MODEL and METRICS: `extra` holds hash, size (bytes), revision, run, cached, and AP where it is known.
+RAW_DATA, SHARDS, MODEL and METRICS: `extra` holds hash, size (bytes), revision, run, cached, and AP where it is known
+(MODEL: training's, on val; METRICS: evaluate's, on the gate's split).
 CANDIDATE: the fields of pipeline.publish.Published, and run, remote, decision, AP, split, table, report.
 PRODUCTION: the fields of pipeline.promotion.Promoted, and AP, split.
 """

@@ -82,16 +82,16 @@ def tell_assets(run: Mapping[str, Any], result: Mapping[str, Any]) -> None:
                 "revision": run["revision"],
                 "run": run["run"],
                 "cached": result["cached"],
-                **average_precision(result["files"]),
+                **average_precision(result),
             }
 
 
-def average_precision(files: Mapping[str, str]) -> dict[str, Any]:
-    """AP on the gate's split, as metrics.json has it; empty where it is not among the files."""
-    if METRICS_FILE not in files:
-        return {}
-    content = json.loads(files[METRICS_FILE])
-    return {"AP": content[content["gate"]["split"].split()[0]]["AP"]}
+def average_precision(result: Mapping[str, Any]) -> dict[str, Any]:
+    """AP on the gate's split where metrics.json was made, training's on val where a model was; empty for the rest."""
+    if METRICS_FILE in result["files"]:
+        content = json.loads(result["files"][METRICS_FILE])
+        return {"AP": content[content["gate"]["split"].split()[0]]["AP"]}
+    return {} if result["AP"] is None else {"AP": result["AP"]}
 
 
 @task(show_return_value_in_logs=False, inlets=[MODEL, METRICS], outlets=[CANDIDATE], retries=3)

@@ -377,7 +377,7 @@ def _passed(rule: Mapping[str, Any]) -> str:
 
 
 def stages(before: Side, after: Side, verified: Verification, seconds: Mapping[str, float]) -> list[Block]:
-    """What each stage did for this side, and how it is known. `seconds`: stage -> time, where there is one."""
+    """Which results are those before, and where each entry is from. `seconds`: stage -> time, where there is one."""
     known = {verdict.stage: verdict for verdict in verified.verdicts}
     rows: list[Sequence[Cell]] = []
     for stage in dict.fromkeys((*known, *after.lock, *before.lock)):
@@ -387,21 +387,24 @@ def stages(before: Side, after: Side, verified: Verification, seconds: Mapping[s
         rows.append((Code(stage), *_did(before.lock.get(stage), after.lock.get(stage)), time, origin))
     if not rows:
         return [Paragraph("There is no stage.")]
-    return [Table(["stage", "outputs", "other inputs", "time, here last", "dvc.lock's entry"], rows, texts=5)]
+    return [Table(["stage", "result", "other inputs", "time, here last", "dvc.lock's entry"], rows, texts=5)]
 
 
 def _did(before: Entry | None, after: Entry | None) -> tuple[Cell, Cell]:
-    """What became of a stage's outputs, and the inputs that are others."""
+    """Whether a stage's entry is that before, and the inputs that are others.
+
+    Where it is, nothing had to be run for this side. Whether a new one was run, or came out of a cache, no lock tells.
+    """
     if after is None:
         return "no entry", ""
     if before is None:
-        return "ran, first entry", ""
+        return "new, first entry", ""
     changed = changed_inputs(after, before)
     if hashes(before.get("outs")) != hashes(after.get("outs")):
-        words = "changed" if changed else "changed, with the same inputs"
+        words = "new: changed" if changed else "new: changed, with the same inputs"
     else:
-        words = "the same bytes: accepted by `dvc commit`, or run again" if changed else "unchanged, did not run"
-    return words.replace("`", ""), Code(", ".join(changed[:NAMED]) + (", ..." if len(changed) > NAMED else ""))
+        words = "new, the same bytes: accepted by dvc commit, or run again" if changed else "same as before"
+    return words, Code(", ".join(changed[:NAMED]) + (", ..." if len(changed) > NAMED else ""))
 
 
 def lead(before: Side, after: Side, verified: Verification) -> Iterator[Block]:

@@ -12,10 +12,14 @@ figures alone.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pipeline.class_table import Class
+from pipeline.files import read_json, write_json
 from pipeline.params import Promote
 from pipeline.settings import Section
 
@@ -211,3 +215,36 @@ def ratio(served: Served) -> float | None:
     if served.milliseconds is None or not served.champion_milliseconds:
         return None
     return served.milliseconds / served.champion_milliseconds
+
+
+def write_times(decision: Decision, served: Served, limits: Promote) -> None:
+    """What was measured for a decision, into TIMES."""
+    content = {
+        "decision": _digest(decision.model_dump(mode="json")),
+        "ms_an_image": served.milliseconds,
+        "champions_ms_an_image": served.champion_milliseconds,
+        "ratio": ratio(served),
+        **limits.model_dump(include={"max_latency_ms", "max_latency_ratio"}),
+    }
+    write_json(Path(TIMES), content)
+
+
+def times_of(decision: Mapping[str, Any]) -> str:
+    """Words on the times that were measured for a decision, given as decision.json has it.
+
+    Empty where TIMES is not here, or tells of another decision.
+    """
+    found = read_json(Path(TIMES), "measured times") if Path(TIMES).is_file() else {}
+    if found.get("decision") != _digest(decision):
+        return ""
+    words = {
+        "ms_an_image": "{:.3g} ms an image",
+        "champions_ms_an_image": "the champion's {:.3g}",
+        "ratio": "ratio {:.3g}",
+    }
+    told = [text.format(found[name]) for name, text in words.items() if found[name] is not None]
+    return f"SavedModel, as measured for this decision: {', '.join(told) or 'it did not run'}"
+
+
+def _digest(decision: Mapping[str, Any]) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()

@@ -98,7 +98,8 @@ Boxes and scores are computed in float32 in all of them; float16 and int8 concer
 | `decision.json` | the gate's decision, every rule with its figures |
 | `provenance.json` | hashes of what it was made of; parameters, versions and hardware of the training |
 
-The commit that all of it comes from is that of the version's tag, `git show detector@VERSION`.
+Made by {{ made_of.project }}. The commit that all of it comes from is that of the version's tag,
+`git show detector@VERSION`.
 
 ## Data
 

@@ -11,7 +11,7 @@ data/release/
   model.json, weights.safetensors            to train on from
   classes.json, model_card.md, decision.json, provenance.json, checksums.sha256
 metrics.json                                 in git: what a reviewer compares
-data/timings/promote.json                    measured times, which are no output of the stage
+data/timings/promote.json                    measured times, and of which decision; no output of the stage
 """
 
 import importlib
@@ -28,7 +28,7 @@ from pipeline.class_table import class_rows, require_same
 from pipeline.errors import PipelineError, run
 from pipeline.exports import FILES
 from pipeline.files import megabytes, read_json, write_json, written_whole
-from pipeline.gate import TIMES, Decision, Judged, Rule, Served, decide, must, ratio
+from pipeline.gate import Decision, Judged, Rule, Served, decide, must, times_of, write_times
 from pipeline.latency import run_in_turn
 from pipeline.model_files import MODEL_FILE, StoredModel, read_model, require_same_pictures
 from pipeline.params import Params
@@ -59,7 +59,7 @@ def candidate_of(stored: StoredModel, judged: Mapping[str, Any]) -> Judged:
 def judge(
     folder: Path, candidate: Judged, incumbent: Champion | None, manifest: Mapping[str, Any], limits: params.Promote
 ) -> Decision:
-    """The decision on a candidate whose exports are in `folder`. What was measured is printed, and stands in TIMES."""
+    """The decision on a candidate whose exports are in `folder`. What was measured is printed, and written beside."""
     images = list(spread_images(shard_paths(manifest, candidate.split), SAMPLE_IMAGES).values())
     checks: list[Rule] = []
     against = None
@@ -77,12 +77,11 @@ def judge(
         must("the champion's SavedModel detects in a fresh process", one.answered, len(images)) for one in theirs
     ]
     champion_ms = theirs[0].milliseconds if theirs else None
-    size = megabytes(paths[0])
-    served = Served(size, len(images), ran.answered, ran.milliseconds, champion_ms)
-    times = {"ms_an_image": served.milliseconds, "champions_ms_an_image": champion_ms, "ratio": ratio(served)}
-    write_json(Path(TIMES), {**times, **limits.model_dump(include={"max_latency_ms", "max_latency_ratio"})})
-    print("SavedModel: " + ", ".join(f"{name} {value:.3g}" for name, value in times.items() if value is not None))
-    return decide(candidate, checks, against, served, limits)
+    served = Served(megabytes(paths[0]), len(images), ran.answered, ran.milliseconds, champion_ms)
+    made = decide(candidate, checks, against, served, limits)
+    write_times(made, served, limits)
+    print(times_of(made.model_dump(mode="json")))
+    return made
 
 
 def summary(stored: StoredModel, judged: Mapping[str, Any], decision: Decision) -> dict[str, Any]:

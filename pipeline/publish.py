@@ -19,7 +19,7 @@ from pipeline.local import Local
 from pipeline.lock_entries import read_stages, write_lock
 from pipeline.prepare import pinned
 from pipeline.settings import Section, validated
-from pipeline.stage_runner import BRANCH, PARAMS, Result, Run, check_remote, read_request
+from pipeline.stage_runner import BRANCH, PARAMS, Result, Run, check_remote, read_request, timings_file
 from pipeline.verify import LOCK, Entry, disagreements
 from pipeline.work_trees import (
     CANDIDATES,
@@ -71,6 +71,7 @@ def publish(request: Run, results: Sequence[Result], where: Local) -> Published:
         entries = compose(found.tree, results)
         write(found.tree, entries, files)
         figures = figures_of(found.tree)
+        lay_timings(found.tree, results)
         files[REPORT] = report(found, request)
         commit, behind = commit_on(source, found, request, entries, files)
         branch = f"{BRANCH}{request.run}"
@@ -101,6 +102,15 @@ def candidate_at(source: Path, remote: str, revision: str) -> tuple[str, str]:
             if revision in (commit, f"{BRANCH}{run_id}"):
                 return commit, f"{BRANCH}{run_id}"
         raise
+
+
+def lay_timings(tree: Path, results: Sequence[Result]) -> None:
+    """What the stages measured, for the report; it is not committed."""
+    for result in results:
+        if result.timings:
+            path = tree / timings_file(result.stage)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(result.timings)
 
 
 def report(found: Try, request: Run) -> str:

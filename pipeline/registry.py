@@ -33,9 +33,10 @@ from ruamel.yaml import YAML
 
 from pipeline.champion import CHAMPION, Champion, read_champion, read_decision
 from pipeline.errors import PipelineError
-from pipeline.files import checksum, write_json, written_whole
-from pipeline.gate import Decision, Rule
+from pipeline.files import checksum, read_json, write_json, written_whole
+from pipeline.gate import Decision, Rule, times_of
 from pipeline.history_page import Assignment, Judged, Version, day, page, table
+from pipeline.project import PYPROJECT, name_and_version
 
 ARTIFACT = "detector"  # in dvc.yaml's artifacts
 FIRST = "v0.1.0"
@@ -162,11 +163,15 @@ def champion_version() -> str | None:
 
 def register(why: str) -> Version:
     """The version of HEAD's bundle, new where the bundle is. PipelineError unless the gate accepted what HEAD holds."""
-    return register_commit(_candidate(), why)
+    commit = _candidate()
+    return register_commit(commit, why, times_of(read_json(Path(RELEASE, "decision.json"), "decision")))
 
 
-def register_commit(commit: str, why: str) -> Version:
-    """The same of a commit that the caller has looked at. `why`: text that the tag's message begins with."""
+def register_commit(commit: str, why: str, times: str = "") -> Version:
+    """The same of a commit that the caller has looked at.
+
+    why: text that the tag's message begins with. times: pipeline.gate.times_of its decision.
+    """
     outs = outs_at(commit)
     known = version_of(commit)
     if known:
@@ -174,7 +179,7 @@ def register_commit(commit: str, why: str) -> Version:
         return known
     name = {"bump_minor": True} if versions() else {"version": FIRST}
     with _gto_errors(), GitRegistry.from_url(".") as registry:
-        message = _registration(commit, outs, why)
+        message = _registration(commit, outs, why, times)
         made = registry.register(ARTIFACT, commit, message=message, simple=True, **name)
     print(f"registered {made.version}: tag {made.tag} on {commit[:10]}")
     return version_named(made.version)
@@ -322,14 +327,16 @@ def _named(version: Version) -> str:
     return f"{version.name} ({version.commit})"
 
 
-def _registration(commit: str, outs: Mapping[str, Mapping[str, str]], why: str) -> str:
-    """The tag's message: why, how good, and the hashes of all that dvc.lock says was made on the way."""
+def _registration(commit: str, outs: Mapping[str, Mapping[str, str]], why: str, times: str) -> str:
+    """The tag's message: why, how good, the hashes of all that dvc.lock says was made on the way, and by what."""
     lines = [f"  {stage} {path} {hash_}" for stage, paths in outs.items() for path, hash_ in paths.items()]
     environment = hashlib.sha256(_run("git", "show", f"{commit}:requirements/ml.txt").encode()).hexdigest()
-    head = why or f"Candidate of {commit[:10]}"
-    return "\n".join(
-        [head, "", judged_at(commit).words(), "dvc.lock", *lines, f"requirements/ml.txt sha256:{environment}"]
-    )
+    lines += [
+        f"requirements/ml.txt sha256:{environment}",
+        name_and_version(_run("git", "show", f"{commit}:{PYPROJECT}")),
+    ]
+    figures = [judged_at(commit).words(), *([times] if times else [])]
+    return "\n".join([why or f"Candidate of {commit[:10]}", "", *figures, "dvc.lock", *lines])
 
 
 def _crown(version: Version, judge_anew: bool) -> None:

@@ -27,6 +27,7 @@ from pipeline.gate import Decision
 from pipeline.model_card import Likely, model_card
 from pipeline.model_files import MODEL_FILE, WEIGHTS_FILE, StoredModel
 from pipeline.params import Format, Params
+from pipeline.project import PYPROJECT, name_and_version
 from pipeline.shard_files import MANIFEST, SHARDS, all_images, ground_truth_path, shard_paths, spread_images
 
 MODEL = Path("data/model")
@@ -88,6 +89,7 @@ def provenance(judged: Mapping[str, Any], settings: Params) -> dict[str, Any]:
     inputs += [EVALUATION / f"detections_{split}.json" for split in judged["splits"]]
     return {
         "commit": "that of the version's tag; champion.json names it, too",
+        "project": name_and_version(PYPROJECT.read_text()),
         "dvc_lock": {str(path): dvc_md5(path) for path in (SHARDS, MODEL, EVALUATION)},
         "environment": {str(LOCK): checksum(LOCK, "sha256")},
         "parameters": training_parameters(settings),

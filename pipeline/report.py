@@ -28,6 +28,7 @@ from pipeline.comparison import METRICS, Intervals, Side
 from pipeline.errors import PipelineError, run
 from pipeline.files import read_json, written_whole
 from pipeline.forge import COMMENT_LIMIT, REVIEW
+from pipeline.gate import times_of
 from pipeline.locked_data import LockedData, MissingError
 from pipeline.params import Bootstrap
 from pipeline.report_document import Block, Code, Document, Paragraph, Picture, Section, Table, html, markdown
@@ -96,7 +97,7 @@ def document(repo: Repo, base: str, commit: str) -> Document:
         "Parameters": lambda: comparison.parameters(before, after),
         "Metrics": lambda: comparison.metrics(before, after, intervals),
         "Classes": lambda: comparison.classes(before, after, intervals),
-        "Gate": lambda: comparison.gate(before, after),
+        "Gate": lambda: [*comparison.gate(before, after), *_times(after)],
         "Stages": lambda: comparison.stages(before, after, verified, _seconds()),
         "Data": lambda: comparison.data(before, after),
         "Code": lambda: comparison.code(before, after, changed),
@@ -130,6 +131,13 @@ def _verified(lock: Mapping[str, Entry]) -> Verification:
         return verify(lock)
     except PipelineError as error:
         return Verification([], [], str(error))
+
+
+def _times(after: Side) -> list[Block]:
+    """What was measured for the decision, where it was here."""
+    decision = after.found(comparison.DECISION)[0]
+    told = times_of(decision) if decision else ""
+    return [Paragraph(f"{told}.")] if told else []
 
 
 def _seconds() -> dict[str, float]:

@@ -43,6 +43,7 @@ from pipeline.work_trees import (
 )
 
 PARAMS = "params.yaml"
+MODEL = "data/model"
 BRANCH = "retrain/"  # and the run's id: the branch that pipeline.publish pushes
 
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a folder's and a branch's name
@@ -66,6 +67,8 @@ class Result(Section):
     stage: str
     entry: dict[str, Any]  # of dvc.lock
     files: dict[str, str]  # path -> text of the outputs that travel by git alone
+    AP: float | None  # of the model, where that is among the outputs: trained_ap
+    timings: str  # the text of its file in data/timings, which is no output; empty where it did not run or left none
     cached: bool  # the command was not run
     seconds: float  # in all, transfers included
     host: str
@@ -95,15 +98,39 @@ def run_stage(request: Run, stage_name: str, upstream: Sequence[Result], where: 
         keep_record(found, entry, where)
         push(found, stage, entry)
         files = {path: (found.tree / path).read_text() for path in stage.outs if path in stage.in_git}
+        measured = found.tree / timings_file(stage_name)
+        timings = measured.read_text() if measured.is_file() else ""
+        ap = trained_ap(found.tree / MODEL) if MODEL in stage.outs else None
     remove_folder(checkpoints(request, stage_name, where))
     return Result(
         stage=stage_name,
         entry=entry,
         files=files,
+        AP=ap,
+        timings=timings,
         cached=cached,
         seconds=round(time.monotonic() - began, 1),
         host=socket.gethostname(),
     )
+
+
+def trained_ap(model: Path) -> float | None:
+    """AP on val by which training chose the weights: that of their epoch, which need not be the last one judged.
+
+    None where there was nothing to find, or the revision lays its model down in another way.
+    """
+    try:
+        epoch = json.loads((model / "model.json").read_text())["weights"]["epoch"]
+        _, *lines = (model / "dvclive/plots/metrics/val/AP.tsv").read_text().splitlines()
+        judged = {int(step): float(ap) for step, ap in (line.split("\t") for line in lines)}
+    except (OSError, KeyError, ValueError):
+        return None
+    return ap if (ap := judged.get(epoch, -1.0)) >= 0 else None  # -1: COCO's word for nothing to find
+
+
+def timings_file(stage: str) -> Path:
+    """Where a stage leaves what it measured (pipeline.timings)."""
+    return Path("data", "timings", f"{stage}.json")
 
 
 def entries_of(stage: Stage, stages: Mapping[str, Stage], upstream: Sequence[Result]) -> dict[str, Entry]:

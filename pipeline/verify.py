@@ -162,7 +162,9 @@ def changed_inputs(entry: Entry, other: Entry) -> list[str]:
     """Dependencies, parameters and `cmd` that differ between two entries of a stage, by name."""
     here, there = hashes(entry.get("deps")), hashes(other.get("deps"))
     names = sorted(path for path in here.keys() | there.keys() if here.get(path) != there.get(path))
-    names += ["parameters"] if entry.get("params") != other.get("params") else []
+    ours, theirs = entry.get("params") or {}, other.get("params") or {}
+    files = [file for file in sorted(ours.keys() | theirs.keys()) if ours.get(file) != theirs.get(file)]
+    names += ["parameters" if file == "params.yaml" else file for file in files]
     return names + (["cmd"] if entry["cmd"] != other["cmd"] else [])
 
 

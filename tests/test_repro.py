@@ -132,6 +132,13 @@ def test_a_gate_parameter_concerns_promote(repository: Repository) -> None:
     assert '"rejected"' in (repository.path / "metrics.json").read_text()
 
 
+def test_a_new_version_of_this_project_concerns_promote(repository: Repository) -> None:
+    repository.replace("pyproject.toml", "line-length = 120", "line-length = 99")
+    assert "up to date" in repository.run("dvc", "status")
+    repository.replace("pyproject.toml", 'version = "', 'version = "1.')
+    assert re.findall(r"^(\w+):$", repository.run("dvc", "status"), re.MULTILINE) == ["promote"]
+
+
 def test_the_batch_size_concerns_train_and_what_follows(repository: Repository) -> None:
     repository.replace("params.yaml", "batch_size: 4", "batch_size: 3")
     assert repository.repro() == ["train", "evaluate", "promote"]

@@ -125,9 +125,12 @@ def check_finished(site: Site, first: str, second: str, hub: Path) -> None:
             assert told[asset]["run"] == candidate["run"]
             assert told[asset]["size"] > 0
         assert told["metrics"]["AP"] == told["candidate"]["AP"]
+        assert 0 <= told["model"]["AP"] <= 1
         assert told["candidate"]["commit"] == git(hub, "rev-parse", candidate["branch"]).strip()
         assert "| val | no champion yet | candidate |" in told["candidate"]["table"]
-        assert "# Review of this branch" in git(hub, "show", f"{candidate['branch']}:report.md")
+        report = git(hub, "show", f"{candidate['branch']}:report.md")
+        assert "# Review of this branch" in report
+        assert "SavedModel, as measured for this decision: " in report
     models = {event["extra"]["hash"] for event in events if event["name"] == "model"}
     assert len(models) == 2
 

@@ -130,6 +130,7 @@ def write_repository(repo: Path, models: Path, origin: str, store: str):
         "champion.json": "{}\n",
         ".gitignore": "/data\n",
         "requirements/ml.txt": "numpy==1\n",
+        "pyproject.toml": '[project]\nname = "small"\nversion = "1.2.0"\n',
     }.items():
         (repo / name).write_text(text)
 

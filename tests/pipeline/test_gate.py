@@ -5,7 +5,18 @@ import json
 import pytest
 
 from pipeline.class_table import Class
-from pipeline.gate import Decision, Difference, Differences, Incumbent, Judged, Served, decide, must
+from pipeline.gate import (
+    Decision,
+    Difference,
+    Differences,
+    Incumbent,
+    Judged,
+    Served,
+    decide,
+    must,
+    times_of,
+    write_times,
+)
 from pipeline.params import Bootstrap, Promote
 
 CLASSES = [Class(class_id=0, category_id=1, name="cat"), Class(class_id=1, category_id=2, name="dog")]
@@ -151,6 +162,20 @@ def test_time_without_a_champion(milliseconds, outcome):
 
 def test_measured_times_are_not_in_the_decision():
     assert against(0.45) == against(0.45, served=Served(10.0, 8, 8, 51.234, 49.876))
+
+
+def test_measured_times_are_told_of_their_own_decision_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, other = (json.loads(against(ap).model_dump_json()) for ap in (0.45, 0.46))
+    assert times_of(made) == ""  # measured elsewhere
+    write_times(against(0.45), Served(10.0, 8, 8, 60.0, 50.0), LIMITS)
+    words = "SavedModel, as measured for this decision: "
+    assert times_of(made) == f"{words}60 ms an image, the champion's 50, ratio 1.2"
+    assert times_of(other) == ""
+    write_times(against(0.45), Served(10.0, 8, 8, 60.0, None), LIMITS)
+    assert times_of(made) == f"{words}60 ms an image"
+    write_times(against(0.45), Served(10.0, 8, 0, None, None), LIMITS)
+    assert times_of(made) == f"{words}it did not run"
 
 
 @pytest.mark.parametrize(("answered", "outcome"), [(8, "accepted"), (7, "rejected")])

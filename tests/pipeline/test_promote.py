@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from effdet.exported import open_exported
+from pipeline import gate
 from pipeline.bootstrap import intervals
 from pipeline.coco_metrics import coco_metrics
 from tests.pipeline.judged_model import STEADY_NMS, picture, steady, write_shards, write_trained
@@ -70,6 +71,7 @@ def released(tmp_path_factory):
     root = tmp_path_factory.mktemp("promote")
     (root / "requirements").mkdir()
     shutil.copy(ROOT / "requirements" / "ml.txt", root / "requirements")
+    (root / "pyproject.toml").write_text('[project]\nname = "detectors"\nversion = "1.2.0"\n')
     (root / "champion.json").write_text("{}\n")
     set_limits(root, min_ap=0.0, max_latency_ms=100_000)
     write_shards(root / "data" / "shards", {"train": 3, "val": 10}, apply_exif=True)
@@ -142,6 +144,8 @@ def test_provenance_has_the_hashes_of_dvc_lock(workplace):
     lock = (workplace / "requirements" / "ml.txt").read_bytes()
     assert told["environment"] == {"requirements/ml.txt": f"sha256:{hashlib.sha256(lock).hexdigest()}"}
     assert told["parameters"]["train"]["epochs"] == 7
+    assert told["project"] == "detectors 1.2.0"
+    assert "Made by detectors 1.2.0." in (workplace / "data" / "release" / CARD).read_text()
 
 
 def test_model_card_says_how_each_export_compares(released):
@@ -285,7 +289,8 @@ def test_candidate_against_the_champion(challenged):
     assert f"| AR100 | {champion['metrics']['AR100']:.3f} |{row}" in card
     times = json.loads((challenged / "data" / "timings" / "promote.json").read_text())
     assert times["ratio"] == times["ms_an_image"] / times["champions_ms_an_image"]
-    assert f"ratio {times['ratio']:.3g}" in words
+    assert times["decision"] == gate._digest(made)  # as it was read from the file
+    assert f"the champion's {times['champions_ms_an_image']:.3g}, ratio {times['ratio']:.3g}" in words
 
     before = content(challenged / "data" / "release")
     status, words = stage(challenged, "promote")

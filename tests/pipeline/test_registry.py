@@ -10,6 +10,8 @@ import pytest
 
 from pipeline import registry
 from pipeline.errors import PipelineError
+from pipeline.gate import Served, write_times
+from pipeline.params import Promote as Limits
 from tests.pipeline.small_registry import (
     ENVIRONMENT,
     clone,
@@ -149,16 +151,19 @@ def check_second_call(repo, command, line):
 
 def test_tag_says_why_and_of_what(place, command):
     commit = run(place / "repo", "git", "rev-parse", "HEAD").strip()
+    made = registry.read_decision(place / "repo" / "data" / "release" / "decision.json")
+    write_times(made, Served(1.0, 8, 8, 20.0, 16.0), Limits.model_construct(max_latency_ms=9.0, max_latency_ratio=9.0))
     command("register --why", "the first")
     assert "v0.1.0 is registered" in command("register")
     message = registry.version_named("v0.1.0").message
     assert message.startswith(
-        "the first\n\naccepted on val (also used for selection): AP 0.4000, AP50 0.4000, AP75 none"
+        "the first\n\naccepted on val (also used for selection): AP 0.4000, AP50 0.4000, AP75 none\n"
+        "SavedModel, as measured for this decision: 20 ms an image, the champion's 16, ratio 1.25\ndvc.lock\n"
     )
     for stage, outs in registry.outs_at(commit).items():
         for path, hash_ in outs.items():
             assert f"  {stage} {path} {hash_}\n" in message
-    assert "requirements/ml.txt sha256:" in message
+    assert re.search(r"\nrequirements/ml.txt sha256:[0-9a-f]{64}\nsmall 1\.2\.0$", message)
     assert registry.standing("prod") is None
     assert (place / "repo" / "champion.json").read_text() == "{}\n"
 

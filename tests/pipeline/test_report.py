@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import report
+from pipeline import gate, report
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.timings import STAGES
@@ -62,7 +62,7 @@ def test_identical(repository: Repository) -> None:
     assert "Nothing that a stage depends on changed." in text
     assert "No parameter changed." in found["Parameters"]
     assert "| AP | 0.4000 | 0.4000 | 0 |" in found["Metrics"]
-    assert found["Stages"].count("unchanged, did not run") == 3
+    assert found["Stages"].count("| same as before |") == 3
     assert "The shards are the same." in found["Data"]
     assert "No file changed." in found["Code"]
     assert "No pinned package changed." in found["Environment"]
@@ -90,8 +90,17 @@ def test_parameters_only(repository: Repository) -> None:
     loser = "| `cat` | 0.3000 | 0.2500 | ▼ -0.0500 | +0.0000 to +0.0000 |"
     assert f"{winner}\n{loser}" in found["Classes"]
     assert "| AP is at least promote.min\\_ap | 0.45 | 0.1 | pass |" in found["Gate"]
-    assert re.search(r"`shard` \| unchanged, did not run .*as a run produced it", found["Stages"])
-    assert re.search(r"`evaluate` \| changed \| `parameters` \| 12 s \| as a run produced it", found["Stages"])
+    made = json.loads((repository.path / "data/release/decision.json").read_text())
+    measured = {"ms_an_image": 20.0, "champions_ms_an_image": 16.0, "ratio": 1.25}
+    for times, told in (
+        ({**measured, "decision": gate._digest(made)}, True),
+        ({**measured, "decision": "other"}, False),
+    ):
+        write_json(Path(gate.TIMES), times)
+        shown = "SavedModel, as measured for this decision: 20 ms an image, the champion's 16, ratio 1.25."
+        assert (shown in sections(reported()[0])["Gate"]) is told
+    assert re.search(r"`shard` \| same as before \|.*as a run produced it", found["Stages"])
+    assert re.search(r"`evaluate` \| new: changed \| `parameters` \| 12 s \| as a run produced it", found["Stages"])
     assert re.search(r"`shard` .*\| unknown \|", found["Stages"])
     assert "The shards are the same." in found["Data"]
     assert "| 0.2 | 0.500 | 0.700 | 0.250 | 0.250 |" in found["Precision and recall"]
@@ -161,7 +170,7 @@ def test_no_baseline(repository: Repository) -> None:
     assert "| `evaluate.ap` | - | `0.4` |" in found["Parameters"]
     assert "data/eval/metrics.json is no output in dvc.lock." in found["Metrics"].replace("\\", "")
     assert "| AP | none | 0.4000 |  |" in found["Metrics"]
-    assert "ran, first entry" in found["Stages"]
+    assert "new, first entry" in found["Stages"]
     assert "accepted" in found["Gate"]
 
 

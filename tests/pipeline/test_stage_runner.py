@@ -17,7 +17,7 @@ import pytest
 from pipeline import lock_entries, stage_runner, work_trees
 from pipeline.errors import PipelineError, Preempted
 from pipeline.lock_entries import Stage, read_stages
-from pipeline.stage_runner import Result, run_stage
+from pipeline.stage_runner import Result, run_stage, trained_ap
 from pipeline.verify import Entry, read_lock
 from pipeline.work_trees import Try
 from tests.pipeline.retraining import Team, consumed, out, run_all, start
@@ -32,12 +32,17 @@ def team(tmp_path: Path) -> Team:
 
 
 def test_two_machines_hand_over_and_a_third_finds_all_cached(team: Team) -> None:
+    team.person.edit("train.sh", "cat", "mkdir -p data/timings\necho 7 > data/timings/train.json\ncat")
+    team.person.commit("measures")
+    team.push()
     first = run_all(team.request("one", seed=7), team.machine("a"), team.machine("b"))
     assert [result.cached for result in first.values()] == [False, False, False]
+    assert [result.timings for result in first.values()] == ["", "", "7\n"]
     assert first["train"].files == {"scores.json": '{"AP": 0.5}\n'}
     cold = team.machine("c")
     second = run_all(team.request("two", seed=7), cold)
     assert [result.cached for result in second.values()] == [True, True, True]
+    assert [result.timings for result in second.values()] == ["", "", ""]  # nothing was measured
     for name, result in second.items():
         assert (result.entry, result.files) == (first[name].entry, first[name].files)
     assert not list((team.folder / "c" / "tries").glob("*/*"))  # nothing is left of what went well
@@ -210,6 +215,21 @@ def test_too_little_space_or_no_remote_is_said_first(team: Team) -> None:
         run_stage(team.request("one"), "prepare", [], team.machine("a", min_free_gib=1e6))
     with pytest.raises(PipelineError, match="no DVC remote to hand data over"):
         run_stage(team.request("one"), "prepare", [], team.machine("a", remote=None))
+
+
+def test_a_models_ap_is_that_of_its_weights(tmp_path: Path) -> None:
+    def model(epoch: int, table: str) -> Path:
+        (tmp_path / "model.json").write_text(json.dumps({"weights": {"epoch": epoch}}))
+        history = tmp_path / "dvclive/plots/metrics/val"
+        history.mkdir(parents=True, exist_ok=True)
+        (history / "AP.tsv").write_text(table)
+        return tmp_path
+
+    assert trained_ap(model(4, "step\tAP\n4\t0.5\n7\t0.25\n")) == 0.5  # not the last one
+    assert trained_ap(model(7, "step\tAP\n7\t-1.0\n")) is None  # val has no boxes
+    assert trained_ap(model(5, "step\tAP\n4\t0.5\n")) is None
+    assert trained_ap(model(4, "AP\n0.5\n")) is None  # another layout
+    assert trained_ap(tmp_path / "none") is None
 
 
 def test_a_dependency_inside_an_output_is_refused(tmp_path: Path) -> None:

@@ -124,6 +124,15 @@ def test_an_entry_accepted_by_commit_is_named(repository: Repository) -> None:
     assert found.exit_status == 0
 
 
+def test_another_files_parameters_are_called_by_its_name() -> None:
+    def entry(rate: float, version: str) -> dict[str, Any]:
+        return {"cmd": "a", "params": {"params.yaml": {"rate": rate}, "pyproject.toml": {"project.version": version}}}
+
+    assert verify.changed_inputs(entry(0.1, "1"), entry(0.1, "2")) == ["pyproject.toml"]
+    assert verify.changed_inputs(entry(0.1, "1"), entry(0.2, "2")) == ["parameters", "pyproject.toml"]
+    assert verify.changed_inputs(entry(0.1, "1"), {"cmd": "a"}) == ["parameters", "pyproject.toml"]
+
+
 def test_a_run_with_other_outputs_is_not_said_to_be_accepted(repository: Repository) -> None:
     repository.edit("params.yaml", "rate: 0.1", "rate: 0.2")
     repository.run("dvc", "repro", "--quiet")
