@@ -21,7 +21,7 @@ from tests.test_documentation import FENCE, PAGES
 from tests.test_repro import ROOT, SMALL, Repository, work_tree
 from tests.walking import STAND_IN, Words, blocks, placed, walk
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # Two such models differ by chance, and a busy machine takes any time: the gate lets a second one pass.
 LENIENT = {"refresh: ": "true", "max_loss: ": 1.0, "max_class_loss: ": 1.0, "max_size_loss: ": 1.0} | {
