@@ -106,8 +106,8 @@ def test_from_pictures_to_production_and_back(tmp_path: Path) -> None:
     assert "the first model of ours" in said
     assert author.run("git", "status", "--porcelain") == ""
     # What a consumer got is what was released, and it detects on every picture.
-    first = (author.path / "data" / "release" / "checksums.sha256").read_bytes()
-    assert (author.path.parent / "model" / "checksums.sha256").read_bytes() == first
+    released = _content(author.path / "data" / "release")
+    assert _content(author.path.parent / "model") == _content(author.path / "champion" / "bundle") == released
     images = (author.path.parent / "found" / "images.json").read_text()
     assert len(json.loads(images)) == 8
 
@@ -129,6 +129,10 @@ def test_from_pictures_to_production_and_back(tmp_path: Path) -> None:
     assert "Running stage" not in said
     assert "is neither in the cache nor on the remote" not in report.read_text()
     assert "| `train.learning_rate` | `0.08` | `0.004` |" in report.read_text()
+    # The model that was promoted is in another clone what it is here, byte for byte, and nothing there is to be run.
+    assert reviewer.run("git", "status", "--porcelain") == ""
+    assert "v0.1.0 is in prod and the champion" in reviewer.run("python", "-m", "pipeline.promote", "check")
+    assert _content(reviewer.path / "champion" / "bundle") == released
     merge(reviewer, "fine-tuned")
 
     said = walk(author, blocks("guides/promoting.md"), words)
@@ -136,11 +140,14 @@ def test_from_pictures_to_production_and_back(tmp_path: Path) -> None:
     assert "v0.2.0 is in prod" in said
     assert "v0.1.0 is in prod" in said
     assert "twice the night pictures" in (author.path.parent / "versions.html").read_text()
-    second = (author.path.parent / "staged" / "checksums.sha256").read_bytes()
-    assert second == (author.path / "data" / "release" / "checksums.sha256").read_bytes() != first
-    assert (author.path / "champion" / "bundle" / "checksums.sha256").read_bytes() == first
+    assert _content(author.path.parent / "staged") == _content(author.path / "data" / "release") != released
+    assert _content(author.path / "champion" / "bundle") == released
     assert json.loads((author.path / "champion.json").read_text())["version"] == "v0.1.0"
     assert author.run("git", "status", "--porcelain", "--branch").strip() == "## main...origin/main"
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_published(folder: Path, path: Path) -> None:

@@ -198,35 +198,3 @@ def test_experiments_in_place_queued_and_in_a_folder_of_their_own(
     assert all(name in shown for name in ("apart", "later"))
     repository.run("dvc", "exp", "apply", "later")
     assert "pictures: 2" in (repository.path / "params.yaml").read_text()
-
-
-def test_a_second_clone_pulls_and_runs_nothing(repository: Repository, tmp_path: Path) -> None:
-    repository.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    repository.run("dvc", "push", "--quiet")
-    repository.run("git", "commit", "--quiet", "--all", "--message", "remote")
-    repository.run("git", "clone", "--quiet", str(repository.path), str(tmp_path / "clone"))
-    clone = Repository(tmp_path / "clone")
-    clone.run("dvc", "pull", "--quiet")
-    assert clone.repro() == []
-    assert clone.run("git", "status", "--porcelain") == ""
-
-
-def test_a_promoted_model_is_clean_in_another_clone(repository: Repository, tmp_path: Path) -> None:
-    """Promote, push, clone, pull: nothing is to run, and the bundle is the same bytes."""
-    bundle = _content(repository.path / "data" / "release")
-    repository.run("dvc", "remote", "add", "--force", "--default", "store", str(tmp_path / "store"))
-    repository.run("git", "commit", "--quiet", "--all", "--message", "remote")
-    assert "v0.1.0 is in prod" in repository.run("python", "-m", "pipeline.promote", "promote", "--why", "the first")
-    repository.run("dvc", "push", "--quiet")
-    repository.run("git", "clone", "--quiet", str(repository.path), str(tmp_path / "clone"))
-    clone = Repository(tmp_path / "clone")
-    clone.run("dvc", "pull", "--quiet")
-    assert "up to date" in clone.run("dvc", "status")
-    assert clone.repro() == []
-    assert _content(clone.path / "data" / "release") == _content(clone.path / "champion" / "bundle") == bundle
-    assert clone.run("git", "status", "--porcelain") == ""
-    assert "is in prod and the champion" in clone.run("python", "-m", "pipeline.promote", "check")
-
-
-def _content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
