@@ -1,7 +1,8 @@
 """The documents: what is generated is up to date, what is quoted exists, and every command is run somewhere.
 
-A block of commands has a line of comment above it: `run:` and the tests that do, `walk` (tests/test_guides.py runs it
-as it stands), or `not run here:` and the reason. `yaml` is of params.yaml or local.yaml; of other files it is `yml`.
+A block of commands has a line of comment above it: `walk` (tests/test_guides.py, or the test behind a colon, reads it
+from the page and runs it as it stands), `run:` and the tests that run such lines, or `not run here:` and the reason.
+`yaml` is of params.yaml or local.yaml; of other files it is `yml`.
 """
 
 import ast
@@ -79,10 +80,13 @@ def test_every_command_is_run_by_a_test_or_marked_as_not_run(page: Path) -> None
         kind, _, told = (fence["marker"] or "").partition(": ")
         where = f"{page.name}:\n{fence['content']}"
         assert kind in ("run", "walk", "not run here"), f"no comment above says who runs this: {where}"
-        assert bool(told) == (kind != "walk"), where
-        for test in told.split(", ") if kind == "run" else []:
+        assert told or kind == "walk", where
+        for test in told.split(", ") if told and kind != "not run here" else []:
             file, _, function = test.partition("::")
             assert f"def {function}(" in (ROOT / file).read_text(), f"there is no {test}"
+        if kind == "walk":
+            walker = told.partition("::")[0] or "tests/test_guides.py"
+            assert f'{page.name}"' in (ROOT / walker).read_text(), f"{walker} does not walk {page.name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,6 +1,7 @@
 """prepare, publish and clean_up with real git and real DVC, on the small pipeline behind a bare remote."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from pipeline.stage_runner import Result, run_stage
 from pipeline.verify import read_lock
 from tests.pipeline.retraining import STAGES, Team, run_all
 from tests.pipeline.small_forge import TOKEN, running
-from tests.pipeline.small_pipeline import Repository
+from tests.pipeline.small_pipeline import ENVIRONMENT, Repository
+from tests.walking import blocks, walk
 
 pytestmark = pytest.mark.slow
 
@@ -42,13 +44,18 @@ def on_hub(team: Team, revision: str, path: str) -> str:
     return Repository(team.hub).run("git", "show", f"{revision}:{path}")
 
 
-def test_prepare_pins_a_commit_of_a_branch_and_checked_parameters(team: Team) -> None:
+def with_its_own_check(team: Team) -> str:
+    """The commit, pushed."""
     (team.person.path / "pipeline").mkdir()
     (team.person.path / "pipeline/__init__.py").touch()
     (team.person.path / "pipeline/params_check.py").write_text(CHECK)
     team.person.commit("its own check")
-    pushed = team.person.run("git", "rev-parse", "HEAD").strip()
     team.push()
+    return team.person.run("git", "rev-parse", "HEAD").strip()
+
+
+def test_prepare_pins_a_commit_of_a_branch_and_checked_parameters(team: Team) -> None:
+    pushed = with_its_own_check(team)
     machine = team.machine("a")
     found = prepare(str(team.hub), "main", machine, reason="more\n data", overrides={"train.rate": 0.25})
     assert (found.revision, found.base, found.reason) == (pushed, "main", "more data")
@@ -104,6 +111,26 @@ def test_a_run_becomes_one_commit_on_its_branch_and_stays_it(team: Team) -> None
         publish(other, list(run_all(other, machine).values()), machine)
     with pytest.raises(PipelineError, match="one is published already, as retrain/one"):
         prepare(str(team.hub), "main", machine, reason="again", run_id="one")
+
+
+def test_the_commands_of_the_page_make_a_candidate(
+    team: Team, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    with_its_own_check(team)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("EFFDET_RETRAINING", team.machine("a").retraining.model_dump_json())
+    (team.folder / "caller").mkdir()
+    words = {
+        "ssh://git.local/detector.git": team.hub,
+        "train.epochs=40": "train.rate=0.4",
+        "download validate shard train evaluate promote": " ".join(STAGES),
+    }
+    steps = blocks("stage_runner.md", f"walk: tests/pipeline/test_publish.py::{request.node.name}")
+    walk(Repository(team.folder / "caller"), steps, words)
+    run = json.loads((team.folder / "caller" / "run.json").read_text())["run"]
+    assert "rate: 0.4" in on_hub(team, f"retrain/{run}", "params.yaml")
+    assert set(read_lock(on_hub(team, f"retrain/{run}", "dvc.lock"))) == set(STAGES)
 
 
 def test_main_that_moved_elsewhere_is_built_upon(team: Team) -> None:
