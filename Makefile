@@ -63,7 +63,8 @@ demo: setup ## the six stages on the embedded data set, from data to a judged mo
 	elif [ -z "$$(git status --porcelain -- dvc.lock metrics.json)" ]; then \
 		echo "Bit for bit what dvc.lock and metrics.json say."; \
 	elif git diff --quiet HEAD -- metrics.json; then \
-		echo "The figures that metrics.json says. Hashes in dvc.lock differ: data/model/provenance.json names this machine and Python."; \
+		echo "The figures that metrics.json says. Hashes differ: \`git diff dvc.lock\` shows which, and" \
+			"data/model/provenance.json names the processor and the Python of the training."; \
 	else \
 		echo "This hardware gave other results than metrics.json says. The figures that differ:"; dvc metrics diff HEAD; \
 	fi

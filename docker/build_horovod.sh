@@ -59,9 +59,10 @@ sed -i '/::InitializeForProcessSet/,$ s/= gloo_iface_;/= global_context.gloo_ifa
 grep -q 'global_ranks_\.resize(size_)' "$gloo/gloo_controller.cc" && grep -q '= global_context\.gloo_iface_;' "$gloo/gloo_context.cc" ||
   { echo "$gloo: is not as in Horovod 0.28.1; see whether it still needs the two changes" >&2; exit 1; }
 
-# Its store of keys and values, which anybody may write to who reaches the launching host, unpickles what it is sent
-# (CVE-2024-10190 in elastic runs, CVE-2026-31234). What elastic runs keep there are addresses and a key, which literals
-# say as well; functions, of horovod.run, are refused by it from now on.
+# Its store of keys and values, which anybody may read and write who reaches the launching host, unpickles what it is
+# sent (CVE-2024-10190 in elastic runs, CVE-2026-31234). What elastic runs keep there are addresses and a key, which
+# literals say as well; functions, of horovod.run, are refused by it from now on. With addresses and a key of his own
+# somebody could still answer for a worker, so that the services' messages, too, are read as nothing but those.
 runner=$source/horovod/runner
 for file in http/http_client.py elastic/rendezvous.py; do
   sed -i 's/^from horovod\.runner\.common\.util import codec$/from ast import literal_eval/
@@ -70,6 +71,22 @@ for file in http/http_client.py elastic/rendezvous.py; do
   ! grep -q codec "$runner/$file" && grep -q 'literal_eval(.*\.decode())' "$runner/$file" ||
     { echo "$runner/$file: is not as in Horovod 0.28.1; see whether it still unpickles what it is sent" >&2; exit 1; }
 done
+network=$runner/common/util/network.py
+sed -i 's/cloudpickle\.loads(message)/Messages(io.BytesIO(message)).load()/; s/^import pickle$/import io\n&/' "$network"
+grep -q 'Messages(io' "$network" && ! grep -q '\.loads(' "$network" ||
+  { echo "$network: is not as in Horovod 0.28.1; see whether it still unpickles whatever it is sent" >&2; exit 1; }
+cat >>"$network" <<'PYTHON'
+
+
+class Messages(pickle.Unpickler):
+    """Reads the messages of the services."""
+
+    def find_class(self, module, name):
+        ours = module.startswith('horovod.runner.') and name.isidentifier()
+        if ours and name.endswith(('Request', 'Response', 'Result')):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError('{}.{}: is no message'.format(module, name))
+PYTHON
 
 # Its operations for XLA do not compile with TensorFlow 2.21; without GPUs that file is empty. Training calls none of them.
 sed -i '/xla_mpi_ops\.cc/d' "$source/horovod/tensorflow/CMakeLists.txt"

@@ -91,7 +91,7 @@ def _published(
     with opened(source, ema) as found:
         head = num_classes(found, model_config(name, COCO_HEADS[0]))
         rows = _class_table(source, head, classes, allow_head_mismatch)
-        config = model_config(name, rows[-1].class_id + 1 if classes else head, image_size)
+        config = model_config(name, _outputs(rows, head), image_size)
         keras.utils.set_random_seed(SEED)
         model = build(config)
         loaded = load(model, config, found, allow_head_mismatch=allow_head_mismatch)
@@ -108,14 +108,20 @@ def _class_table(source: str, head: int, classes: Path | None, allow_head_mismat
                 "(a release's classes.json, or COCO annotations)"
             )
         return coco_classes()
-    rows = read_classes(classes, head)
-    needed = rows[-1].class_id + 1
+    rows = read_classes(classes, COCO_HEADS[0] if head in COCO_HEADS else head)
+    needed = _outputs(rows, head)
     if needed != head and not allow_head_mismatch:
         raise PipelineError(
             f"{source}: its head has {head} classes, and {classes} makes {needed}; give the classes it was trained on, "
             "or --allow-head-mismatch, which leaves its class head out: a beginning for training"
         )
     return rows
+
+
+def _outputs(rows: list[Class], head: int) -> int:
+    """A head for these classes has so many; NVIDIA's for COCO's has one more."""
+    needed = rows[-1].class_id + 1
+    return head if (needed, head) == COCO_HEADS else needed
 
 
 def _weights(source: str | Path, loaded: Loaded, selected_by: str, step: int) -> Weights:

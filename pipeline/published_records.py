@@ -171,7 +171,8 @@ def picture_of(payload: bytes) -> Picture:
     if not (np.isfinite(boxes).all() and np.isfinite(area).all()):
         raise _FaultError("image/object/bbox or area: a value is not finite")
     # As google/automl's create_pascal_tfrecord.py (@e419394) writes them: each object would count as a small one.
-    if labels and np.allclose(area, boxes[:, 2] * boxes[:, 3] / (width * height), rtol=1e-3, atol=0):
+    shares = boxes[:, 2] * boxes[:, 3] / (width * height)
+    if lists["area"] and shares.any() and np.allclose(area, shares, rtol=1e-3, atol=0):
         raise _FaultError(
             "image/object/area: are shares of the picture, not square pixels; take the json that was written beside "
             "the records, and the images, with data.source: coco_format"

@@ -123,13 +123,13 @@ def trained_ap(model: Path) -> float | None:
         epoch = json.loads((model / "model.json").read_text())["weights"]["epoch"]
         _, *lines = (model / "dvclive/plots/metrics/val/AP.tsv").read_text().splitlines()
         judged = {int(step): float(ap) for step, ap in (line.split("\t") for line in lines)}
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     return ap if (ap := judged.get(epoch, -1.0)) >= 0 else None  # -1: COCO's word for nothing to find
 
 
 def timings_file(stage: str) -> Path:
-    """Where a stage leaves what it measured (pipeline.timings)."""
+    """Where a stage leaves what it measured (pipeline.evaluate, pipeline.gate)."""
     return Path("data", "timings", f"{stage}.json")
 
 

@@ -86,7 +86,8 @@ def test_every_command_is_run_by_a_test_or_marked_as_not_run(page: Path) -> None
             assert f"def {function}(" in (ROOT / file).read_text(), f"there is no {test}"
         if kind == "walk":
             walker = told.partition("::")[0] or "tests/test_guides.py"
-            assert f'{page.name}"' in (ROOT / walker).read_text(), f"{walker} does not walk {page.name}"
+            name = page.relative_to(ROOT / "docs")
+            assert f'"{name}"' in (ROOT / walker).read_text(), f"{walker} does not walk {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,14 +1,17 @@
-"""What docker/build_horovod.sh changes in Horovod 0.28.1: its store of keys and values unpickles nothing."""
+"""What docker/build_horovod.sh changes in Horovod 0.28.1: what others may send is not unpickled as it comes."""
 
 import contextlib
 import http.client
+import io
 import pickle
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import pytest
+from horovod.runner.common.util.network import PingResponse, Wire
 from horovod.runner.elastic.rendezvous import PUT_WORKER_ADDRESSES, create_rendezvous_handler
+from horovod.runner.elastic.worker import HostsUpdatedRequest, HostUpdateResult
 from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
 from horovod.runner.http.http_server import KVStoreServer, RendezvousServer
 
@@ -55,6 +58,25 @@ def test_a_planted_value_is_not_opened_by_who_reads_it(tmp_path: Path) -> None:
     finally:
         server.shutdown_server()
     assert not (tmp_path / "opened").exists()
+
+
+def test_services_read_their_messages_and_nothing_else(tmp_path: Path) -> None:
+    assert vars(_sent(PingResponse("worker", "10.0.0.2"))) == {"service_name": "worker", "source_address": "10.0.0.2"}
+    for result in (*HostUpdateResult, HostUpdateResult.mixed):
+        assert vars(_sent(HostsUpdatedRequest(3, result))) == {"timestamp": 3, "res": result}
+    with pytest.raises(pickle.UnpicklingError, match=r"is no message"):
+        _sent(Planted(tmp_path / "opened"))
+    with pytest.raises(pickle.UnpicklingError, match=r"is no message"):
+        _sent(PingResponse("worker", Planted(tmp_path / "opened")))
+    assert not (tmp_path / "opened").exists()
+
+
+def _sent(message: Any) -> Any:
+    """As the other side reads it, whose key the sender knows."""
+    wire, line = Wire(b"key"), io.BytesIO()
+    wire.write(message, line)
+    line.seek(0)
+    return wire.read(line)
 
 
 def _put(port: int, path: str, planted: Path) -> None:

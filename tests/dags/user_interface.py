@@ -145,7 +145,7 @@ def answer_unasked(browser: Browser, branch: str) -> str:
     """One who is not among the approvers is refused; the run, whose question nobody else answers."""
     (published,) = browser.ask(f"/dags/{PROMOTE}/dagRuns")["dag_runs"]
     browser.asked(published["dag_run_id"])  # that one has its approvers and its time already
-    browser.set_variables(approvers='["ann"]', approval_hours="0.02")  # 72 seconds
+    browser.set_variables(approvers='["ann"]', approval_hours="0.05")  # three minutes
     run = browser.trigger(PROMOTE, candidate=branch)
     browser.asked(run)
     question = f"{PROMOTE}/dagRuns/{run}/taskInstances/approve/-1/hitlDetails"

@@ -102,6 +102,9 @@ def test_nvidias_head_has_an_output_more_than_coco_has_ids(tmp_path):
     assert stored.config == model_config(NAME, 91, (128, 128))
     assert stored.classes == coco_classes()
     assert same(values(stored.model), raw(91))
+    told = open_model(str(path), classes=annotations(tmp_path / "a.json", [1, 3, 90]), image_size=(128, 128))
+    assert told.config == stored.config
+    assert [row.class_id for row in told.classes] == [0, 2, 89]
 
 
 def test_a_head_of_others_needs_its_classes(tmp_path):

@@ -206,6 +206,11 @@ def test_faulty_record_is_named_by_file_and_byte(tmp_path: Path, change: dict[st
     assert not list(tmp_path.glob("*.json")) + list(tmp_path.glob("*.zip")) + list(tmp_path.glob(".*"))
 
 
+def test_a_picture_whose_boxes_are_empty_is_taken(tmp_path: Path) -> None:
+    empty = [example(900, [[1, 2, 0, 4]], [2]), example(901, [[1, 2, 0, 4]], [2], area=None)]
+    assert [row["area"] for row in converted(tmp_path, empty)["annotations"]] == [0, 0]
+
+
 @pytest.mark.parametrize(("label", "num_classes"), [(0, 90), (91, 90), (3, 2)])
 def test_label_outside_of_the_classes_is_named(tmp_path: Path, label: int, num_classes: int) -> None:
     with pytest.raises(

@@ -229,6 +229,8 @@ def test_a_models_ap_is_that_of_its_weights(tmp_path: Path) -> None:
     assert trained_ap(model(7, "step\tAP\n7\t-1.0\n")) is None  # val has no boxes
     assert trained_ap(model(5, "step\tAP\n4\t0.5\n")) is None
     assert trained_ap(model(4, "AP\n0.5\n")) is None  # another layout
+    (model(4, "step\tAP\n4\t0.5\n") / "model.json").write_text('{"weights": null}')
+    assert trained_ap(tmp_path) is None
     assert trained_ap(tmp_path / "none") is None
 
 
