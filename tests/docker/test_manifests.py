@@ -84,6 +84,36 @@ def test_the_manifests_hold_to_kubernetes_schemas(tools: Path) -> None:
         check(broken)
 
 
+def test_the_airflow_charts_values_hold_to_its_schema() -> None:
+    schema = json.loads((ROOT / "tests/docker/airflow_chart.schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    values = read(DOCKER / "kubernetes/airflow-values.yaml")
+    jsonschema.validate(values, schema)
+    # What the workers beside the chart must have in common with it.
+    worker = read(DOCKER / "kubernetes/workers.yaml")["items"][0]["spec"]["template"]["spec"]["containers"][0]
+    environment = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in worker["env"]}
+    assert environment["AIRFLOW__CORE__EXECUTOR"] == values["executor"]
+    assert environment["AIRFLOW__EDGE__API_URL"] == values["config"]["edge"]["api_url"]
+    assert environment["AIRFLOW__API_AUTH__JWT_SECRET"]["secretKeyRef"] == {
+        "name": values["jwtSecretName"],
+        "key": "jwt-secret",
+    }
+    for path, value in (  # it works
+        (("schedular",), {}),
+        (("triggerer", "livenessProbe", "comand"), ["true"]),
+        (("logs", "persistence", "size"), 20),
+        (("config", "core", "dags_folder"), None),
+        (("executor",), "edge"),
+    ):
+        broken = copy.deepcopy(values)
+        part = broken
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, schema)
+
+
 def test_manifest_and_job_script_are_what_a_dry_run_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in local.VARIABLES:
         monkeypatch.delenv(name, raising=False)
