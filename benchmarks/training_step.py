@@ -137,10 +137,13 @@ def work() -> None:
     import tensorflow as tf
 
     from benchmarks.training_case import Case, build_trainer, constant_batches, real_batches
+    from effdet.training import add_in_order
 
     batch_size = task["batch_size"] // kind.parts
     if kind.deterministic:
         tf.config.experimental.enable_op_determinism()
+    if kind.deterministic or not tf.config.list_physical_devices("GPU"):  # as pipeline.training_run
+        add_in_order()
     case = Case(task["model"], task["size"], batch_size, kind.precision, kind.stock, kind.jit, kind.recompute)
     trainer = build_trainer(case, ranks)
     batches = real_batches(case, ranks, task["shards"], len(own)) if kind.fed else constant_batches(case)

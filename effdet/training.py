@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.python.eager import context
 
 from effdet import layers
 from effdet.anchors import anchors
@@ -28,6 +29,20 @@ from effdet.schedule import Schedule, ema_decay, learning_rate
 from effdet.train_state import TrainState
 
 MAX_SKIPPED = 50  # steps in a row: a scale halved so often is 0, and no step would ever be done again
+
+
+def add_in_order() -> None:
+    """Before the first step: more than two gradients of a variable are added up in the same order in every run.
+
+    Grappler would add them up as they arrive where it takes the step for larger than the device, as it does on CPUs for
+    all but small pictures (TensorFlow 2.21, grappler/optimizers/memory_optimizer.cc, SchedulingPass). tf.config has no
+    option that turns this off.
+    """
+    config = tf.compat.v1.ConfigProto()
+    rewrites = config.graph_options.rewrite_options
+    rewrites.memory_optimization = rewrites.NO_MEM_OPT
+    context.context()._config = config
+    tf.config.optimizer.set_experimental_options({})  # it is read anew
 
 
 @dataclasses.dataclass(frozen=True)

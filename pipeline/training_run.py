@@ -33,7 +33,7 @@ from effdet.model import build
 from effdet.postprocess import PostprocessConfig
 from effdet.sampling import steps_until
 from effdet.train_state import TrainState, freeze
-from effdet.training import Trainer
+from effdet.training import Trainer, add_in_order
 from pipeline.class_table import class_rows
 from pipeline.coco_metrics import SUMMARY, coco_metrics, coco_results
 from pipeline.errors import Preempted
@@ -161,6 +161,8 @@ class Run:
         tf.config.experimental.enable_tensor_float_32_execution(settings.tf32)
         if settings.deterministic:
             tf.config.experimental.enable_op_determinism()
+        if settings.deterministic or not tf.config.list_physical_devices("GPU"):
+            add_in_order()
         keras.utils.set_random_seed(settings.seed)
         model = build(self.config, settings.precision)
         found = (self._with_best(kept) if kept else self._found()) if self.ranks.rank == 0 else None

@@ -1,16 +1,23 @@
 """What a run takes from the parameters and the shards before it trains."""
 
 import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
 from effdet.augment import Augmentation, RandAugment
+from effdet.config import model_config
+from effdet.distributed import connect
 from effdet.schedule import Schedule
 from pipeline import params
 from pipeline.errors import PipelineError
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.library_settings import augmentation_of, entries_of, optimization_of
+from pipeline.local import Local
+from pipeline.model_files import WEIGHTS_FILE
+from pipeline.training_run import Run
 from tests.pipeline.tiny_training import ROOT, make_run, make_shards, settings
 
 AUGMENT = params.load(ROOT / "params.yaml").train.augment
@@ -85,3 +92,21 @@ def test_epochs_are_as_long_as_their_list_of_entries(tmp_path, capsys):
     ids = [batch["image_id"] for batch in made.training_data(0).take(11).as_numpy_iterator()]
     counts = np.unique(np.concatenate(ids), return_counts=True)[1]
     np.testing.assert_array_equal(counts, [8] + [4] * 9)
+
+
+def trained(folder, shards):
+    """The weights' file of a few steps of a published network, at a size at which TensorFlow reorders sums."""
+    given = settings(epochs=1, schedule_epochs=1, evaluate_every=1)
+    where = Local(checkpoint_dir=str(folder / "checkpoints"), loader_workers=1)
+    config = model_config("efficientdet-lite0", 3, (384, 384))
+    Run(given, where, config, read_json(shards / "manifest.json", "manifest"), shards, folder, connect(1)).train()
+    return (folder / WEIGHTS_FILE).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_network_of_real_size_gives_the_same_bits_in_every_process(tmp_path):
+    make_shards(tmp_path / "shards")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        one, two = pool.map(trained, folders, [tmp_path / "shards"] * 2)
+    assert one == two
