@@ -71,9 +71,11 @@ for file in http/http_client.py elastic/rendezvous.py; do
   ! grep -q codec "$runner/$file" && grep -q 'literal_eval(.*\.decode())' "$runner/$file" ||
     { echo "$runner/$file: is not as in Horovod 0.28.1; see whether it still unpickles what it is sent" >&2; exit 1; }
 done
+# Their one value that is no plain one, a flag, is sent as the number that it is.
 network=$runner/common/util/network.py
+sed -i 's/self\.res = res$/self.res = int(res)/' "$runner/elastic/worker.py"
 sed -i 's/cloudpickle\.loads(message)/Messages(io.BytesIO(message)).load()/; s/^import pickle$/import io\n&/' "$network"
-grep -q 'Messages(io' "$network" && ! grep -q '\.loads(' "$network" ||
+grep -q 'Messages(io' "$network" && ! grep -q '\.loads(' "$network" && grep -q 'int(res)' "$runner/elastic/worker.py" ||
   { echo "$network: is not as in Horovod 0.28.1; see whether it still unpickles whatever it is sent" >&2; exit 1; }
 cat >>"$network" <<'PYTHON'
 
@@ -83,7 +85,7 @@ class Messages(pickle.Unpickler):
 
     def find_class(self, module, name):
         ours = module.startswith('horovod.runner.') and name.isidentifier()
-        if ours and name.endswith(('Request', 'Response', 'Result')):
+        if ours and name.endswith(('Request', 'Response')):
             return super().find_class(module, name)
         raise pickle.UnpicklingError('{}.{}: is no message'.format(module, name))
 PYTHON
