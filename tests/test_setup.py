@@ -15,6 +15,16 @@ PREREQUISITES = ["python3.11", "gcc", "g++", "cmake", "make", "git"]
 ESSENTIAL = ["awk", "bash", "cat", "cp", "cut", "dirname", "grep", "gzip", "id", "mkdir", "mktemp", "nproc", "rm"]
 ESSENTIAL += ["sed", "sha256sum", "tar", "touch"]
 
+CHANGED_IN_HOROVOD = {
+    "common/gloo/gloo_controller.cc": "global_ranks_.reserve(size_);",
+    "common/gloo/gloo_context.cc": "::InitializeForProcessSet\n device_attr.iface = gloo_iface_;",
+    "runner/common/util/network.py": "cloudpickle.loads(message)",
+    "runner/elastic/rendezvous.py": "codec.loads_base64(value)",
+    "runner/elastic/worker.py": "self.res = res",
+    "runner/http/http_client.py": "codec.loads_base64(answer)",
+    "tensorflow/CMakeLists.txt": "xla_mpi_ops.cc",
+}
+
 # Stands for python3.11 and for the interpreter of the environment it makes: writes down how it was called, and fails
 # where it takes the file that the environment variable names.
 STUB_PYTHON = """#!/bin/bash
@@ -48,12 +58,10 @@ class Machine:
 
     def _sdist(self, folder: Path) -> Path:
         """What the Horovod script changes of Horovod's source, packed."""
-        gloo = folder / "horovod-0.28.1" / "horovod" / "common" / "gloo"
-        gloo.mkdir(parents=True)
-        (folder / "horovod-0.28.1" / "horovod" / "tensorflow").mkdir()
-        (folder / "horovod-0.28.1" / "horovod" / "tensorflow" / "CMakeLists.txt").write_text("xla_mpi_ops.cc\n")
-        (gloo / "gloo_controller.cc").write_text("global_ranks_.reserve(size_);\n")
-        (gloo / "gloo_context.cc").write_text("::InitializeForProcessSet\n device_attr.iface = gloo_iface_;\n")
+        for file, line in CHANGED_IN_HOROVOD.items():
+            path = folder / "horovod-0.28.1" / "horovod" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{line}\n")
         with tarfile.open(folder / "horovod.tar.gz", "w:gz") as archive:
             archive.add(folder / "horovod-0.28.1", "horovod-0.28.1")
         return folder / "horovod.tar.gz"
