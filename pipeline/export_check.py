@@ -44,9 +44,7 @@ class Bounds:
     best: int  # an image that are compared beside those of a high score
 
 
-# Of two boxes that score alike to the last digit rounding decides which one suppresses the other; a model that was
-# hardly trained has such pairs.
-EXACT = Bounds(min_iou=0.99, max_score_difference=1e-3, min_share=0.995, best=BEST)
+EXACT = Bounds(min_iou=0.99, max_score_difference=1e-3, min_share=1.0, best=BEST)
 HALF = Bounds(min_iou=0.95, max_score_difference=0.02, min_share=0.99, best=0)
 BOUNDS = {"saved_model": EXACT, "onnx": EXACT, "litert_float32": EXACT, "litert_float16": HALF}
 
