@@ -70,7 +70,7 @@ def by_detections(
     judged = {number: of_classes(here, in_use) for number, here in enumerate(found)}
     images = {number: data for number, (_, data) in enumerate(named)}
     return functools.partial(
-        check_export, bounds=BOUNDS[arguments.format], images=images, judged=judged, config=stored.config, nms=nms
+        check_export, bounds=BOUNDS[arguments.format], images=images, judged=judged, stored=stored, nms=nms
     )
 
 

@@ -58,7 +58,7 @@ def write_exports(
             outcomes[path.name] = check_average_precision(path, val, ground_truth_path("val"), model_ap, stored, nms)
         else:
             write_export(path, format_name, stored, nms)
-            outcomes[path.name] = check_export(path, BOUNDS[format_name], images, found, stored.config, nms)
+            outcomes[path.name] = check_export(path, BOUNDS[format_name], images, found, stored, nms)
     return outcomes
 
 

@@ -100,6 +100,11 @@ def test_low_score_is_a_counterpart():
     assert result.found.tolist() == [True]
 
 
+def without_ties(ours, theirs, bounds):
+    """Compares them; whatever it is shown, the model finds the same."""
+    return compare("m.onnx", ours, theirs, bounds, lambda image_id, _: ours[image_id])
+
+
 # Over the images ------------------------------------------------------------------------------------------------------
 
 
@@ -111,50 +116,83 @@ def spread(count, missed=0):
 
 def test_one_of_a_hundred_may_be_missed_at_half_precision():
     theirs = {1: spread(60), 2: spread(40, missed=1)}
-    comparison = compare("m.tflite", {1: spread(60), 2: spread(40)}, theirs, HALF)
-    assert comparison == Comparison(images=2, detections=200, found=198, min_iou=1.0, max_score_difference=0.0)
+    comparison = without_ties({1: spread(60), 2: spread(40)}, theirs, HALF)
+    assert comparison == Comparison(images=2, detections=200, found=198, min_iou=1.0, max_score_difference=0.0, ties=0)
     theirs[2] = spread(40, missed=2)
     with pytest.raises(PipelineError, match=r"on 1 of 2 images \(image 2: 2 lost, 2 new\)"):
-        compare("m.tflite", {1: spread(60), 2: spread(40)}, theirs, HALF)
+        without_ties({1: spread(60), 2: spread(40)}, theirs, HALF)
 
 
 def test_none_may_be_missed_at_full_precision():
     ours = {1: spread(1000), 2: spread(1)}
     with pytest.raises(PipelineError, match=r"^m\.onnx: .* on 1 of 2 images \(image 1: 1 lost, 1 new\)$"):
-        compare("m.onnx", ours, {1: spread(1000, missed=1), 2: spread(1)}, EXACT)
-    assert compare("m.onnx", ours, ours, EXACT).found == 2002
+        without_ties(ours, {1: spread(1000, missed=1), 2: spread(1)}, EXACT)
+    assert without_ties(ours, ours, EXACT).found == 2002
 
 
 def test_both_sides_are_looked_for():
     more, fewer = {1: spread(3)}, {1: spread(2)}
     with pytest.raises(PipelineError, match="image 1: 1 lost, 0 new"):
-        compare("m.onnx", more, fewer, EXACT)
+        without_ties(more, fewer, EXACT)
     with pytest.raises(PipelineError, match="image 1: 0 lost, 1 new"):
-        compare("m.onnx", fewer, more, EXACT)
+        without_ties(fewer, more, EXACT)
+
+
+def test_tie_is_held_against_what_the_model_finds_like_it():
+    ours = {1: found((BOX, 0.9, 1), (lower(60.0), 0.4, 1)), 2: spread(3)}
+    theirs = {1: found((lower(100.0), 0.9, 1), (lower(55.0), 0.35, 1)), 2: spread(3)}
+    likewise = found((lower(99.9), 0.9002, 1), (lower(55.0), 0.35, 1))
+    comparison = compare("m.onnx", ours, theirs, EXACT, lambda _, shown: ours[1] if shown is ours[1] else likewise)
+    assert (comparison.detections, comparison.found, comparison.ties) == (10, 10, 1)
+    assert comparison.min_iou == pytest.approx(89.9 / 90)
+    assert comparison.max_score_difference == pytest.approx(0.0002)
+
+
+def test_tie_excuses_nothing_else_on_the_image():
+    ours, theirs = {1: spread(2), 2: spread(3)}, {1: spread(2, missed=1), 2: spread(3, missed=1)}
+    likewise = {1: spread(2, missed=1), 2: spread(3, missed=2)}
+    with pytest.raises(PipelineError, match=r"on 1 of 2 images \(image 2: 1 lost, 1 new\)"):
+        compare("m.onnx", ours, theirs, EXACT, lambda key, shown: shown if shown is ours[key] else likewise[key])
+
+
+def test_what_was_judged_must_be_the_models_too():
+    """Else detections of any other model would be ties with an export that is right."""
+    ours, theirs = {1: spread(2, missed=1)}, {1: spread(2)}
+    with pytest.raises(PipelineError, match="image 1: 1 lost, 1 new"):
+        compare("m.onnx", ours, theirs, EXACT, lambda *_: spread(2))
+
+
+def test_nothing_is_judged_again_where_the_export_passes():
+    ours, theirs = {1: spread(100)}, {1: spread(100, missed=1)}
+    assert compare("m.tflite", ours, theirs, HALF, None).found == 198
 
 
 def test_figures_are_of_the_worst_that_was_found():
     ours = {1: found((BOX, 0.9, 1)), 2: found((BOX, 0.9, 1)), 3: found()}
     theirs = {1: found((lower(109.6), 0.9, 1)), 2: found((BOX, 0.9005, 1)), 3: found()}
-    comparison = compare("m.onnx", ours, theirs, EXACT)
+    comparison = without_ties(ours, theirs, EXACT)
     assert (comparison.images, comparison.detections, comparison.found) == (3, 4, 4)
     assert comparison.min_iou == pytest.approx(0.996)
     assert comparison.max_score_difference == pytest.approx(0.0005)
 
 
 def test_images_without_detections():
-    comparison = compare("m.onnx", {1: found()}, {1: found()}, EXACT)
-    assert comparison == Comparison(images=1, detections=0, found=0, min_iou=1.0, max_score_difference=0.0)
+    comparison = without_ties({1: found()}, {1: found()}, EXACT)
+    assert comparison == Comparison(images=1, detections=0, found=0, min_iou=1.0, max_score_difference=0.0, ties=0)
 
 
 def test_words():
-    assert Comparison(10, 200, 200, 0.99876543, 0.000123).words() == (
+    assert Comparison(10, 200, 200, 0.99876543, 0.000123, 0).words() == (
         "10 images: all 200 detections found, IoU at least 0.998765, scores within 1.2e-04"
     )
-    assert Comparison(10, 200, 198, 0.96, 0.02).words() == (
+    assert Comparison(10, 200, 198, 0.96, 0.02, 0).words() == (
         "10 images: 198 of 200 detections found, IoU at least 0.960000, scores within 2.0e-02"
     )
-    assert Comparison(10, 0, 0, 1.0, 0.0).words() == "10 images: nothing scored 0.3 or more, so nothing was compared"
+    assert Comparison(10, 0, 0, 1.0, 0.0, 0).words() == "10 images: nothing scored 0.3 or more, so nothing was compared"
+    assert Comparison(10, 200, 200, 1.0, 0.000002, 3).words() == (
+        "10 images: all 200 detections found, IoU at least 1.000000, scores within 2.0e-06; on 3 of them boxes of "
+        "one score tie, and it keeps another"
+    )
     assert AveragePrecision(0.41234, 0.42, "truth.json").words() == "AP 0.4123 by truth.json, the model's 0.4200"
 
 
