@@ -24,7 +24,7 @@ def export_onnx(
     """Writes the file, of operators of opset OPSET alone.
 
     Without postprocess it gives class_logits float32 [B,A,K] and box_deltas float32 [B,A,4] in place of detections.
-    In a fresh process the same arguments give the same bytes.
+    The same arguments give the same bytes.
     """
     function = pixels_function(model, config, postprocess, batch=None)
     proto, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=OPSET)
@@ -35,6 +35,7 @@ def export_onnx(
     _canonize(proto.graph)
     _name_dimensions(proto.graph)
     proto.graph.name = config.name
+    proto.graph.ClearField("doc_string")  # the function's name, with TensorFlow's number of it
     onnx.helper.set_model_props(proto, {CLASSES_KEY: classes.to_json()})
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
@@ -88,6 +89,7 @@ def _canonize(graph: onnx.GraphProto, outer: Mapping[str, str] | None = None, sc
             if attribute.HasField("g"):
                 needed |= {name for inner in _nodes(attribute.g) for name in inner.input} & names.keys()
                 _canonize(attribute.g, names, f"{scope}{attribute.name}_")
+                attribute.g.name = attribute.name  # in place of one that the converter numbers
         depth = 1 + max((depths.get(names[name], 0) for name in needed), default=0)
         attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
         outputs, inputs = list(node.output), [names[name] for name in node.input]

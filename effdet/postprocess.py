@@ -56,11 +56,16 @@ def detect(
     tensors: it may stand inside any tf.function. portable takes what every runtime has, for exports: no
     XLA, no shape that depends on values. The results are the same, the time is about double.
     """
-    boxes, scores, class_ids = candidates(class_logits, box_deltas, anchors, config, portable)
+    class_logits = tf.cast(class_logits, tf.float32)  # half precision would make ties of near scores
+    if config.pre_nms_top_k is None:
+        logits, anchor_indices, class_ids = best_class_candidates(class_logits)
+    else:
+        logits, anchor_indices, class_ids = top_candidates(class_logits, config.pre_nms_top_k, portable)
+    boxes = decode(tf.gather(box_deltas, anchor_indices, batch_dims=1), tf.gather(anchors, anchor_indices))
     nms = _greedy_nms if portable else _compiled_greedy_nms
-    chosen, chosen_scores = nms(
+    chosen, scores = nms(
         boxes,
-        scores,
+        tf.sigmoid(logits),
         class_ids,
         config.max_detections,
         config.score_threshold,
@@ -72,30 +77,10 @@ def detect(
     boxes = tf.gather(boxes, places, batch_dims=1) * scales[:, None, None]
     return {
         "boxes": tf.where(found[..., None], boxes, 0.0),
-        "scores": chosen_scores,
+        "scores": scores,
         "class_ids": tf.where(found, tf.gather(class_ids, places, batch_dims=1), PADDING),
         "count": tf.reduce_sum(tf.cast(found, tf.int32), axis=1),
     }
-
-
-def candidates(
-    class_logits: Tensor,
-    box_deltas: Tensor,
-    anchors: np.ndarray | Tensor,
-    config: PostprocessConfig,
-    portable: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What enters NMS, from arguments as `detect` has them.
-
-    Gives boxes float32 [B,N,4] yxyx in input pixels, scores float32 [B,N], class ids int32 [B,N].
-    """
-    class_logits = tf.cast(class_logits, tf.float32)  # half precision would make ties of near scores
-    if config.pre_nms_top_k is None:
-        logits, anchor_indices, class_ids = best_class_candidates(class_logits)
-    else:
-        logits, anchor_indices, class_ids = top_candidates(class_logits, config.pre_nms_top_k, portable)
-    boxes = decode(tf.gather(box_deltas, anchor_indices, batch_dims=1), tf.gather(anchors, anchor_indices))
-    return boxes, tf.sigmoid(logits), class_ids
 
 
 def top_candidates(class_logits: Tensor, k: int, portable: bool = False) -> tuple[Tensor, Tensor, Tensor]:
