@@ -18,7 +18,7 @@ import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
 from effdet.anchors import anchors
-from effdet.boxes import PADDING, iou, xywh_to_yxyx
+from effdet.boxes import PADDING, xywh_to_yxyx
 from effdet.config import ModelConfig
 from effdet.exported import open_exported
 from effdet.inference import Found, prepare_device
@@ -28,11 +28,10 @@ from pipeline.class_table import Class
 from pipeline.coco_metrics import coco_metrics, coco_rows
 from pipeline.errors import PipelineError
 from pipeline.model_files import StoredModel
-from pipeline.ties import candidates_of, chosen_like
+from pipeline.ties import SAME_IOU, candidates_of, chosen_like, overlap
 
 HIGH_SCORE = 0.3  # detections from this score on are compared
 BEST = 10  # and, at full precision, so many of an image whatever they score
-SAME_CORNERS = 0.01  # pixels; boxes so near are one: rounding moves the IoU of the smallest
 MAX_AP_LOSS = 0.02  # of int8, on val
 
 
@@ -46,7 +45,7 @@ class Bounds:
     best: int  # an image that are compared beside those of a high score
 
 
-EXACT = Bounds(min_iou=0.99, max_score_difference=1e-3, min_share=1.0, best=BEST)
+EXACT = Bounds(min_iou=SAME_IOU, max_score_difference=1e-3, min_share=1.0, best=BEST)
 HALF = Bounds(min_iou=0.95, max_score_difference=0.02, min_share=0.99, best=0)
 BOUNDS = {"saved_model": EXACT, "onnx": EXACT, "litert_float32": EXACT, "litert_float16": HALF}
 
@@ -101,8 +100,7 @@ def match(ours: Found, theirs: Found, bounds: Bounds) -> Match:
     boxes, scores, class_ids = ours.boxes[compared], ours.scores[compared], ours.class_ids[compared]
     if not len(scores) or not len(theirs.scores):
         return Match(np.zeros(len(scores), bool), np.zeros(len(scores)), np.zeros(len(scores)))
-    corners = np.abs(boxes[:, None] - theirs.boxes).max(axis=2)  # [n,m]
-    overlaps = np.where(corners <= SAME_CORNERS, 1.0, iou(boxes[:, None], theirs.boxes[None]))
+    overlaps = overlap(boxes[:, None], theirs.boxes[None])  # [n,m]
     differences = np.abs(scores[:, None] - theirs.scores)
     fits = (differences <= bounds.max_score_difference) & (class_ids[:, None] == theirs.class_ids)
     overlaps = np.where(fits, overlaps, 0.0)
@@ -131,9 +129,11 @@ def check_export(
         except BrokenProcessPool:
             raise PipelineError(f"{path.name}: the runtime crashed on it (or was killed: out of memory?)") from None
     candidates_on = candidates_of(stored, nms)
+    in_use = [row.class_id for row in stored.classes]
 
     def like(image_id: int, found: Found) -> Found:
-        return chosen_like(found, candidates_on(decode(images[image_id], stored.apply_exif).numpy()), nms)
+        offered = candidates_on(decode(images[image_id], stored.apply_exif).numpy())
+        return of_classes(chosen_like(found, offered, nms), in_use)
 
     return compare(path.name, judged, served, bounds, like)
 
@@ -159,7 +159,7 @@ def compare(
     if _share_found(matches) < bounds.min_share:
         for image_id in _faults(matches):
             both = [sides(like(image_id, found), found) for found in (judged[image_id], served[image_id])]
-            if not any(_faults({image_id: again}) for again in both):
+            if all(side.found.all() for again in both for side in again):
                 matches[image_id] = both[1]
                 ties += 1
     if _share_found(matches) < bounds.min_share:
