@@ -1,10 +1,12 @@
 """The model as an ONNX file: inputs and outputs as effdet.export says, batch and picture size free."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import keras
+import numpy as np
 import onnx
 import tf2onnx
 
@@ -32,6 +34,7 @@ def export_onnx(
     if foreign:  # the converter leaves what it does not know as it is
         raise EffdetError(f"{path}: operations without a counterpart in ONNX opset {OPSET}: {', '.join(foreign)}")
     _drop_idle_reshapes(proto)
+    _fold_batch_normalizations(proto.graph)
     _canonize(proto.graph)
     _name_dimensions(proto.graph)
     proto.graph.name = config.name
@@ -65,6 +68,30 @@ def _drop_idle_reshapes(proto: onnx.ModelProto) -> None:
             graph.node.remove(node)
     for node in _nodes(graph):
         node.input[:] = [sources.get(name, name) for name in node.input]
+
+
+def _fold_batch_normalizations(graph: onnx.GraphProto) -> None:
+    """Into the convolutions before them, as the converter does with some: with which changes with Python's hashes."""
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    uses = Counter(name for node in _nodes(graph) for name in node.input)
+    convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
+    for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
+        convolution = convolutions.get(norm.input[0])
+        if convolution is None or uses[norm.input[0]] > 1:
+            continue
+        scale, offset, mean, variance = (constants[name] for name in norm.input[1:])
+        (epsilon,) = (attribute.f for attribute in norm.attribute if attribute.name == "epsilon")
+        factor = scale / np.sqrt(variance + epsilon)
+        weights, *bias = (constants[name] for name in convolution.input[1:])
+        folded = {"weights": weights * factor[:, None, None, None], "bias": (sum(bias) - mean) * factor + offset}
+        for name, array in folded.items():
+            graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), f"{norm.name}_{name}"))
+        convolution.input[1:] = [f"{norm.name}_{name}" for name in folded]
+        convolution.output[0] = norm.output[0]
+        graph.node.remove(norm)
+    used = {name for node in _nodes(graph) for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def _canonize(graph: onnx.GraphProto, outer: Mapping[str, str] | None = None, scope: str = "") -> None:

@@ -144,6 +144,7 @@ def test_onnx(tmp_path, name, postprocess):
     model, config = made(name)
     path = tmp_path / "model.onnx"
     export_onnx(path, model, config, postprocess, CLASSES)
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(path).graph.node}
     exported = open_exported(path)
     for pictures in (
         np.stack([pixels(seed, 100, 170) for seed in (1, 2, 3)]),  # larger than the input, wide
